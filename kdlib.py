@@ -1,0 +1,902 @@
+"""Knowledge distillation with Keras 3, small enough to read in one sitting.
+
+Sections: data, models, losses, distiller, training, plots. The losses are written
+with ``keras.ops`` and run on every Keras backend; training uses TensorFlow.
+
+    teacher = kdlib.build_teacher()
+    student = kdlib.build_student()
+    distiller = kdlib.Distiller(student=student, teacher=teacher, temperature=4, alpha=0.1)
+    distiller.compile(optimizer="adam")
+    distiller.fit(images, labels)
+    student.save("student.keras")
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import os
+import platform
+import time
+import warnings
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # has to stand before the import
+
+import filelock
+import keras
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy
+import seaborn as sns
+import sklearn.datasets
+import tensorflow as tf
+from keras import layers, ops
+from sklearn.model_selection import train_test_split
+from tqdm.auto import tqdm
+
+REFERENCE = Path(__file__).resolve().parent / "reference"
+
+# --- data -----------------------------------------------------------------------------
+
+CIFAR10_CLASSES = (
+    "airplane automobile bird cat deer dog frog horse ship truck".split()
+)
+CIFAR10_SHAPES = {
+    "x_train": (50_000, 32, 32, 3),
+    "y_train": (50_000,),
+    "x_test": (10_000, 32, 32, 3),
+    "y_test": (10_000,),
+}
+# Mean and standard deviation of CIFAR-10's training pixels, on the scale 0 to 255.
+PIXEL_MEAN = (125.31, 122.95, 113.87)
+PIXEL_STD = (62.99, 62.09, 66.70)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Images and labels, split once and for all.
+
+    Images are uint8 of shape (N, 32, 32, 3), labels int32 of shape (N,).
+    Settings are chosen on ``val``; ``test`` is looked at once per reported run.
+    """
+
+    name: str
+    class_names: list[str]
+    x_train: np.ndarray = field(repr=False)
+    y_train: np.ndarray = field(repr=False)
+    x_val: np.ndarray = field(repr=False)
+    y_val: np.ndarray = field(repr=False)
+    x_test: np.ndarray = field(repr=False)
+    y_test: np.ndarray = field(repr=False)
+
+    @cached_property
+    def digest(self) -> str:
+        """A fingerprint of all pixels and labels: names caches and runs."""
+        return _digest(self.x_train, self.y_train, self.x_val, self.y_val,
+                       self.x_test, self.y_test)
+
+
+def load_dataset(name: str | None = None) -> Dataset:
+    """Load CIFAR-10, or the offline digits where CIFAR-10 cannot be had.
+
+    CIFAR-10 comes from ``$KD_DATA_DIR/cifar10.npz`` (default ``data/cifar10.npz``), else
+    from ``keras.datasets.cifar10``, which downloads it once.
+
+    Args:
+        name: ``"cifar10"``, ``"digits"``, or None for the environment variable
+            ``KD_DATASET`` and, without it, whatever there is: CIFAR-10, else digits
+            with a notice.
+
+    Raises:
+        ValueError: an unknown name, or a ``cifar10.npz`` that is damaged.
+        FileNotFoundError: ``"cifar10"`` was asked for and cannot be had.
+    """
+    name = name or os.environ.get("KD_DATASET") or None
+    if name not in (None, "cifar10", "digits"):
+        raise ValueError(
+            f"name (or KD_DATASET) is {name!r}: choose 'cifar10' or 'digits', "
+            "or leave it out to take CIFAR-10 where it is at hand."
+        )
+    if name == "digits":
+        return _digits()
+    try:
+        return _cifar10()
+    except FileNotFoundError as error:
+        if name == "cifar10":
+            raise
+        print(f"NOTICE: no CIFAR-10 here, so everything below runs on DIGITS.\n{error}")
+        return _digits()
+
+
+def _cifar10() -> Dataset:
+    path = Path(os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
+    if path.exists():
+        arrays = _read_cifar10(path)
+    else:
+        try:
+            (a, b), (c, d) = keras.datasets.cifar10.load_data()
+        except Exception as error:  # whatever a network can do
+            reason = str(error).splitlines()[0][:100]
+            raise FileNotFoundError(
+                f"There is no {path.name} in KD_DATA_DIR, and the download failed "
+                f"({reason}). Three ways out: put cifar10.npz (x_train, y_train, x_test, "
+                "y_test) into a folder and set KD_DATA_DIR to it; connect to the internet "
+                "and run this again; or set KD_DATASET=digits to stay offline."
+            ) from None
+        arrays = dict(x_train=a, y_train=b.ravel(), x_test=c, y_test=d.ravel())
+    x, y = _by_content(arrays["x_train"], arrays["y_train"])
+    x_test, y_test = _by_content(arrays["x_test"], arrays["y_test"])
+    return _split("cifar10", CIFAR10_CLASSES, x, y, x_test, y_test, validation=5_000)
+
+
+def _read_cifar10(path: Path) -> dict[str, np.ndarray]:
+    """Read the four arrays, or say by name what is wrong with the file."""
+    advice = "Fetch the file again, or set KD_DATASET=digits to work without it."
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            missing = sorted(set(CIFAR10_SHAPES) - set(file.files))
+            if missing:
+                raise ValueError(f"the arrays {', '.join(missing)} are missing")
+            arrays = {key: file[key] for key in CIFAR10_SHAPES}
+        for key, shape in CIFAR10_SHAPES.items():
+            if arrays[key].shape != shape or arrays[key].dtype.kind not in "iu":
+                raise ValueError(
+                    f"{key} is {arrays[key].dtype}{list(arrays[key].shape)}, "
+                    f"not integers of shape {list(shape)}"
+                )
+            if arrays[key].min() < 0 or arrays[key].max() > (9 if key[0] == "y" else 255):
+                raise ValueError(f"{key} has values out of range")
+    except (ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(f"{path.name} in KD_DATA_DIR is damaged: {error}. {advice}") from None
+    return arrays
+
+
+def _by_content(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sort images by a hash of their pixels.
+
+    Copies of CIFAR-10 come in different orders. Sorted like this, the split below is the
+    same for each of them, and no published teacher has seen *your* validation images.
+    """
+    order = np.argsort([hashlib.sha1(image).digest() for image in x], kind="stable")
+    return x[order].astype("uint8", copy=False), y[order].astype("int32")
+
+
+def _split(name, class_names, x, y, x_test, y_test, *, validation: int) -> Dataset:
+    train, val = train_test_split(
+        np.arange(len(y)), test_size=validation, stratify=y, random_state=0
+    )
+    return Dataset(name, list(class_names), x[train], y[train], x[val], y[val], x_test, y_test)
+
+
+def _digits() -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, made hard: small, tilted, on noise."""
+    digits = sklearn.datasets.load_digits()
+    x = np.stack([
+        _scene(image / 16, np.random.default_rng([2015, k]))
+        for k, image in enumerate(digits.images)
+    ])
+    rest, test = train_test_split(
+        np.arange(len(x)), test_size=447, stratify=digits.target, random_state=0
+    )
+    y = digits.target.astype("int32")
+    names = [str(k) for k in range(10)]
+    return _split("digits", names, x[rest], y[rest], x[test], y[test], validation=150)
+
+
+def _scene(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One 8x8 digit, at random place, size and angle, on a noisy 32x32x3 background."""
+    angle, size = rng.uniform(-0.5, 0.5), rng.uniform(1.5, 3.0)
+    centre = 15.5 + rng.uniform(-1, 1, 2) * (15.5 - 4 * size)
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / size
+    ink = scipy.ndimage.affine_transform(
+        digit, turn, offset=3.5 - turn @ centre, output_shape=(32, 32), order=1
+    )
+    paper = rng.uniform(60, 195, 3)
+    pen = paper + rng.choice([-1, 1]) * rng.uniform(40, 90, 3)  # darker or lighter
+    blotches = scipy.ndimage.gaussian_filter(rng.normal(0, 1, (32, 32, 3)), (2, 2, 0))
+    noise = 100 * blotches + rng.normal(0, 12, (32, 32, 3))
+    scene = paper + ink[..., None] * (pen - paper) + noise
+    return np.clip(np.rint(scene), 0, 255).astype("uint8")
+
+
+# A view is an image seen through a shift and perhaps a mirror. View v of image i is always
+# the same, so a teacher's answer to it can be kept; and a view is only a choice of pixels,
+# so one indexing makes it.
+
+
+def view_codes(*, images: int, views: int, shift: int, flip: bool) -> np.ndarray:
+    """The shift and mirror of each view: int array (views, images, 3) of (dy, dx, mirrored).
+
+    Shifts are uniform in [-shift, shift]. An image mirrored in one view is not mirrored in
+    the next (alternating flips: every two epochs show both sides).
+    """
+    codes = np.zeros((views, images, 3), "int8")
+    first = np.random.default_rng(1503).integers(0, 2, images)
+    for v in range(views):
+        codes[v, :, :2] = np.random.default_rng([2531, v]).integers(
+            -shift, shift + 1, (images, 2)
+        )
+        codes[v, :, 2] = (first + v) % 2 if flip else 0
+    return codes
+
+
+def augment(images: np.ndarray, codes: np.ndarray) -> np.ndarray:
+    """Show images (N, H, W, C) through codes (N, 3); what a shift uncovers is mirrored in."""
+    height, width = images.shape[1:3]
+    rows = _reflect(np.arange(height) + codes[:, :1], height)
+    cols = _reflect(np.arange(width) + codes[:, 1:2], width)
+    cols = np.where(codes[:, 2:] == 1, cols[:, ::-1], cols)
+    return images[np.arange(len(images))[:, None, None], rows[:, :, None], cols[:, None, :]]
+
+
+def _reflect(index: np.ndarray, size: int) -> np.ndarray:
+    return size - 1 - np.abs(size - 1 - np.abs(index))
+
+
+# --- models ---------------------------------------------------------------------------
+
+
+def build_teacher(num_classes: int = 10) -> keras.Model:
+    """VGG-like teacher: raw pixels (N, 32, 32, 3) in 0..255 in, logits (N, num_classes) out.
+
+    Three stages of 3x3 convolutions as in VGG (Simonyan and Zisserman 2015, section 2), each
+    with BatchNorm, max pooling between them, Dropout before the classifier.
+    """
+    widths = ((48,), (80, 80), (128, 128, 160))
+    return _vgg(widths, num_classes=num_classes, dropout=0.2, name="teacher")
+
+
+def build_student(num_classes: int = 10) -> keras.Model:
+    """The teacher's shape at a sixth of its size: same pixels in, logits out, no Dropout."""
+    widths = ((24,), (40, 40), (72, 56))
+    return _vgg(widths, num_classes=num_classes, dropout=0.0, name="student")
+
+
+def _vgg(widths, *, num_classes: int, dropout: float, name: str) -> keras.Model:
+    pixels = keras.Input((32, 32, 3), name="pixels")
+    # Inside the model, so that nobody can feed it differently normalised images.
+    x = layers.Normalization(
+        mean=PIXEL_MEAN, variance=[s**2 for s in PIXEL_STD], name="normalization"
+    )(pixels)
+    for stage, channels in enumerate(widths, start=1):
+        for k, width in enumerate(channels, start=1):
+            tag = f"{stage}_{k}"
+            x = layers.Conv2D(
+                width, 3, padding="same", use_bias=False, name=f"conv{tag}"
+            )(x)
+            if k == len(channels) and stage < 3:
+                # Pooling before BatchNorm: the same maximum, a quarter of the work after it.
+                x = layers.MaxPooling2D(name=f"pool{stage}")(x)
+            x = layers.BatchNormalization(momentum=0.9, name=f"norm{tag}")(x)
+            x = layers.ReLU(name=f"relu{tag}")(x)
+    x = layers.GlobalMaxPooling2D(name="pool3")(x)
+    if dropout:
+        x = layers.Dropout(dropout, name="dropout")(x)
+    return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
+
+
+# --- losses ---------------------------------------------------------------------------
+
+
+def soften(logits, temperature: float):
+    """Soft labels: ``softmax(logits / temperature)``.
+
+    Args:
+        logits: (..., classes), any backend's tensor or NumPy array, before the softmax.
+        temperature: T > 0. T = 1 is the ordinary softmax; a larger T spreads the
+            probability over more classes.
+
+    Returns:
+        Probabilities of the same shape; each row sums to one.
+
+    Raises:
+        TypeError, ValueError: the temperature is not a number, or not positive and finite.
+
+    Source: Hinton, Vinyals, Dean 2015, section 2, equation 1.
+    """
+    temperature = _check_temperature(temperature)
+    return ops.softmax(_as_float(logits) / temperature, axis=-1)
+
+
+def distillation_loss(*, teacher_logits, student_logits, temperature: float):
+    """``T^2 * KL(soften(teacher_logits, T) || soften(student_logits, T))``, batch mean.
+
+    The sum runs over the classes, the mean over the batch. T^2 is inside: the gradient of
+    the KL divergence shrinks as 1 / T^2, and the factor keeps its size when T changes.
+
+    Args:
+        teacher_logits, student_logits: (batch, classes), before the softmax.
+        temperature: T > 0, the same for both.
+
+    Returns:
+        A scalar, in nats times T^2; zero only when both soften to the same distributions.
+
+    Raises:
+        TypeError, ValueError: the temperature is not a positive finite number, or the
+            shapes differ.
+
+    Source: Hinton, Vinyals, Dean 2015, section 2 (the factor: its last paragraph).
+    """
+    temperature = _check_temperature(temperature)
+    teacher_logits, student_logits = _as_float(teacher_logits), _as_float(student_logits)
+    if tuple(teacher_logits.shape)[1:] != tuple(student_logits.shape)[1:] or _differ(
+        teacher_logits.shape[0], student_logits.shape[0]
+    ):
+        raise ValueError(
+            f"teacher_logits have shape {tuple(teacher_logits.shape)}, student_logits "
+            f"{tuple(student_logits.shape)}: both need (batch, classes), with the same "
+            "classes in the same order."
+        )
+    log_p = ops.log_softmax(teacher_logits / temperature, axis=-1)
+    log_q = ops.log_softmax(student_logits / temperature, axis=-1)
+    kl = ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+    return temperature**2 * ops.mean(kl)
+
+
+def _differ(a, b) -> bool:
+    return a is not None and b is not None and a != b
+
+
+def _as_float(logits):
+    logits = ops.convert_to_tensor(logits)
+    kind = keras.backend.standardize_dtype(logits.dtype)
+    return logits if "float" in kind else ops.cast(logits, "float32")
+
+
+def _check_temperature(temperature) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
+        raise TypeError(
+            f"temperature is {temperature!r}, a {type(temperature).__name__}: "
+            "give a positive number such as 4."
+        )
+    if not (math.isfinite(temperature) and temperature > 0):
+        raise ValueError(
+            f"temperature is {temperature}: it divides the logits, so it has to be positive "
+            "and finite; 1 leaves them as they are, 2 to 8 is usual."
+        )
+    return float(temperature)
+
+
+def _check_alpha(alpha) -> float:
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(f"alpha is {alpha!r}, a {type(alpha).__name__}: give a number.")
+    if not 0 <= alpha <= 1:
+        raise ValueError(
+            f"alpha is {alpha}: it is the weight of the hard-label loss and lies in [0, 1]; "
+            "0.1 to 0.3 is usual."
+        )
+    return float(alpha)
+
+
+# --- distiller ------------------------------------------------------------------------
+
+
+class Distiller(keras.Model):
+    """Train a student on hard labels and on a teacher's soft labels.
+
+    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss``
+
+    compile, fit, evaluate and predict work as in Keras. ``fit(images, labels)`` asks the
+    teacher live; ``fit((images, teacher_logits), labels)`` uses answers computed before.
+    The teacher runs with ``training=False``, outside the gradient tape; none of its
+    weights belong to this model. ``save`` saves the student alone. A ``sample_weight``
+    weighs the student_loss only: 0 marks an image without a label.
+
+    Args:
+        student, teacher: Keras models with the same inputs, logits (batch, classes) out.
+        temperature: T > 0, softens both sides of the distillation_loss.
+        alpha: weight of the hard-label loss, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: a bad temperature or alpha, a model that ends in a softmax,
+            or models with different numbers of classes. A student larger than its teacher
+            is warned about.
+
+    Source: Hinton, Vinyals, Dean 2015, section 2.
+    """
+
+    def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1):
+        super().__init__(name="distiller")
+        self.temperature = _check_temperature(temperature)
+        self.alpha = _check_alpha(alpha)
+        for role, model in (("teacher", teacher), ("student", student)):
+            _check_gives_logits(role, model)
+        if teacher.output_shape != student.output_shape:
+            raise ValueError(
+                f"teacher gives logits of shape {teacher.output_shape}, student "
+                f"{student.output_shape}: both need the same classes."
+            )
+        if student.count_params() > teacher.count_params():
+            warnings.warn(
+                f"student has {student.count_params():,} parameters, more than the teacher's "
+                f"{teacher.count_params():,}: are the two swapped?", stacklevel=2,
+            )
+        self.student = student
+        # In a closure Keras does not find the teacher's weights: they are not trained, not
+        # counted, and not saved with the student.
+        self._ask_teacher = lambda x: ops.stop_gradient(teacher(x, training=False))
+        self._student_loss = keras.metrics.Mean(name="student_loss")
+        self._distillation_loss = keras.metrics.Mean(name="distillation_loss")
+
+    def compile(self, optimizer="rmsprop", loss=None, metrics=("accuracy",), **kwargs):
+        """As Keras's; the loss is the student_loss, by default cross-entropy from logits."""
+        if loss is None:
+            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        super().compile(optimizer=optimizer, loss=loss, metrics=list(metrics), **kwargs)
+
+    def call(self, inputs, training=None):
+        images = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
+        return self.student(images, training=training)
+
+    def train_step(self, data):
+        return super().train_step(self._with_teacher(data))
+
+    def test_step(self, data):
+        return super().test_step(self._with_teacher(data))
+
+    def _with_teacher(self, data):
+        """Add the teacher's logits, unless they came with the batch."""
+        x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+        if y is None or (len(y.shape) > 1 and y.shape[-1] != 1):
+            got = None if y is None else tuple(y.shape)
+            raise ValueError(
+                f"labels are {got}: give class numbers of shape (batch,), not one-hot rows; "
+                "np.argmax(labels, axis=-1) turns one into the other."
+            )
+        if not isinstance(x, (tuple, list)):
+            x = (x, self._ask_teacher(x))
+        return x, y, sample_weight
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        student_loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        distilled = distillation_loss(
+            teacher_logits=x[1], student_logits=y_pred, temperature=self.temperature
+        )
+        self._student_loss.update_state(student_loss)
+        self._distillation_loss.update_state(distilled)
+        return self.alpha * student_loss + (1 - self.alpha) * distilled
+
+    def save(self, filepath, **kwargs):
+        """Save the student alone, as ``student.save`` would: that is what one ships."""
+        self.student.save(filepath, **kwargs)
+
+
+def _check_gives_logits(role: str, model) -> None:
+    if not isinstance(model, keras.Model):
+        raise TypeError(f"{role} is a {type(model).__name__}: give a built Keras model.")
+    last = model.layers[-1]
+    if isinstance(last, layers.Softmax) or (
+        getattr(last, "activation", None) is keras.activations.softmax
+    ):
+        raise ValueError(
+            f"{role} ends in a softmax (layer {last.name!r}): distillation needs logits. "
+            "Build its last layer with activation=None, or cut the softmax off: "
+            "keras.Model(model.inputs, model.layers[-2].output)."
+        )
+
+
+# --- training -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a training besides model, data and seed.
+
+    Chosen on validation. The distilled student and the student from scratch share one.
+    """
+
+    epochs: int
+    batch_size: int = 125  # divides 45,000: no image is left out of an epoch
+    optimizer: str = "sgd"  # "sgd": Nesterov, warm-up, cosine decay; "adam": constant rate
+    learning_rate: float = 0.2  # the peak of the schedule
+    warmup: float = 0.2  # part of all steps that the rate takes to climb to its peak
+    momentum: float = 0.9
+    weight_decay: float = 5e-3  # decoupled, on kernels only
+    views: int = 20  # different views of each image; epoch e shows view e modulo views
+    shift: int = 4  # pixels
+    flip: bool = True
+
+
+RECIPES = {
+    ("cifar10", "teacher"): Recipe(epochs=20),
+    ("cifar10", "student"): Recipe(epochs=20),
+    ("digits", "teacher"): Recipe(epochs=30, batch_size=50, learning_rate=0.1, flip=False),
+    ("digits", "student"): Recipe(epochs=30, batch_size=50, learning_rate=0.1, flip=False),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training: the model, its history per epoch, and its row of results.csv."""
+
+    model: keras.Model
+    history: dict[str, list[float]]
+    row: dict
+
+
+def recipe_for(dataset: Dataset, method: str) -> Recipe:
+    """The published recipe of a dataset for ``"teacher"`` or any student method."""
+    role = "teacher" if method == "teacher" else "student"
+    return RECIPES.get((dataset.name, role), RECIPES["cifar10", role])
+
+
+def train_or_load(
+    method: str, dataset: Dataset, *, build=None, teacher=None, temperature: float = 4.0,
+    alpha: float = 0.1, recipe: Recipe | None = None, seed: int = 0,
+) -> Run:
+    """Train a model, or load it if this very training was done before.
+
+    A finished run is loaded from ``$KD_RUNS_DIR`` (default ``runs``), or from ``reference``
+    where it is a published one. A run that was cut off goes on after its last whole epoch
+    and ends with the same weights, bit for bit. ``KD_RETRAIN=1`` ignores ``reference``;
+    delete ``runs`` to begin from nothing.
+
+    Args:
+        method: ``"teacher"``, ``"scratch"`` or ``"distilled"``; any other name is trained
+            on hard labels, or distilled when it begins with ``"distilled"``.
+        build: function without arguments that returns a Keras model with logits out;
+            by default build_teacher or build_student.
+        teacher: needed by a distilled run; a scratch run uses it only to measure agreement.
+        temperature, alpha: see Distiller; only a distilled run uses them.
+        recipe: by default ``recipe_for(dataset, method)``.
+        seed: decides first weights, order of batches and Dropout.
+
+    Raises:
+        ValueError: a distilled run without a teacher.
+        RuntimeError: the run is under way in another process, or was begun with other
+            versions of Keras or TensorFlow.
+    """
+    distilled = method.startswith("distilled")
+    if distilled and teacher is None:
+        raise ValueError(f"teacher is None, but method is {method!r}: pass a trained teacher.")
+    recipe = recipe or recipe_for(dataset, method)
+    keras.utils.set_random_seed(seed)
+    model = (build or (build_teacher if method == "teacher" else build_student))()
+    _check_gives_logits("teacher" if method == "teacher" else "student", model)
+    spec = {
+        "dataset": dataset.name, "data": dataset.digest, "method": method, "seed": seed,
+        "architecture": _architecture_digest(model), **asdict(recipe),
+        "temperature": _check_temperature(temperature) if distilled else None,
+        "alpha": _check_alpha(alpha) if distilled else None,
+        "teacher": _digest(*teacher.get_weights()) if distilled else None,
+    }
+    name = f"{dataset.name}-{method}-seed{seed}"
+    folder = runs_folder() / f"{name}-{_digest(_json(spec))[:10]}"
+    done = _load_run(folder / "model", spec)
+    if done is None and os.environ.get("KD_RETRAIN", "0") in ("", "0"):
+        done = _load_run(REFERENCE / name, spec)
+    if done is not None:
+        return done
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock")
+    try:
+        with lock.acquire(timeout=0):
+            history = _train(model, dataset, teacher if distilled else None, recipe, spec, folder)
+            return _finish(model, history, dataset, teacher, spec, folder)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"the run {folder.name} is under way in another process: wait for it, or stop it."
+        ) from None
+
+
+def runs_folder() -> Path:
+    """Where runs and cached logits are kept: ``$KD_RUNS_DIR``, by default ``runs``."""
+    return Path(os.environ.get("KD_RUNS_DIR") or REFERENCE.parent / "runs")
+
+
+def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[float]]:
+    """Fit ``model`` from where ``folder`` says it stopped; returns the whole history."""
+    validation = (dataset.x_val, dataset.y_val)
+    logits, trainer = None, model
+    if teacher is not None:
+        trainer = Distiller(student=model, teacher=teacher,
+                            temperature=spec["temperature"], alpha=spec["alpha"])
+        logits = teacher_logits(teacher, dataset, recipe)
+        validation = ((dataset.x_val, predict_logits(teacher, dataset.x_val)), dataset.y_val)
+    steps = len(dataset.y_train) // recipe.batch_size
+    trainer.compile(
+        optimizer=_optimizer(recipe, steps),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+        steps_per_execution=math.gcd(steps, 8),
+        jit_compile=False,  # slower on the CPU
+    )
+    keeper = _StateKeeper(folder, spec, recipe.epochs)
+    keeper.restore(trainer)
+    if keeper.epoch < recipe.epochs:
+        trainer.fit(
+            batches(dataset, recipe, seed=spec["seed"], first_epoch=keeper.epoch,
+                    teacher_logits=logits),
+            steps_per_epoch=steps, initial_epoch=keeper.epoch, epochs=recipe.epochs,
+            validation_data=validation, validation_batch_size=500, shuffle=False, verbose=0,
+            callbacks=[keeper],
+        )
+    return keeper.history
+
+
+def batches(dataset, recipe, *, seed, first_epoch=0, teacher_logits=None) -> tf.data.Dataset:
+    """All batches from ``first_epoch`` to the end; order and views follow from the seed.
+
+    Elements are (images, labels), with ``teacher_logits`` ((images, logits), labels).
+    """
+    count, size = len(dataset.y_train), recipe.batch_size
+    steps = count // size
+    codes = view_codes(images=count, views=recipe.views, shift=recipe.shift, flip=recipe.flip)
+
+    def produce():
+        for epoch in range(first_epoch, recipe.epochs):
+            order, view = np.random.default_rng([seed, epoch]).permutation(count), epoch % recipe.views
+            for index in order[: steps * size].reshape(steps, size):
+                images = augment(dataset.x_train[index], codes[view, index])
+                if teacher_logits is not None:
+                    images = (images, teacher_logits[view, index])
+                yield images, dataset.y_train[index]
+
+    images = tf.TensorSpec((size, 32, 32, 3), tf.uint8)
+    if teacher_logits is not None:
+        images = (images, tf.TensorSpec((size, teacher_logits.shape[-1]), tf.float32))
+    signature = (images, tf.TensorSpec((size,), tf.int32))
+    return tf.data.Dataset.from_generator(produce, output_signature=signature).prefetch(16)
+
+
+def _optimizer(recipe: Recipe, steps: int) -> keras.optimizers.Optimizer:
+    if recipe.optimizer == "adam":
+        return keras.optimizers.Adam(recipe.learning_rate)
+    warmup = int(recipe.warmup * recipe.epochs * steps)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        0.0, recipe.epochs * steps - warmup,
+        warmup_target=recipe.learning_rate, warmup_steps=warmup,
+    )
+    optimizer = keras.optimizers.SGD(
+        schedule, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
+    )
+    optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
+    return optimizer
+
+
+def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
+    """The teacher's logits for every view: float32 (views, images, classes).
+
+    Computed once and kept in the runs folder, a file a view, under a name made from the
+    teacher's weights, the data and the recipe of the views. Source: a patient teacher sees
+    what the student sees (Beyer et al. 2022); stored answers: Shen and Xing 2022.
+    """
+    views = min(recipe.views, recipe.epochs)
+    codes = view_codes(images=len(dataset.y_train), views=views, shift=recipe.shift,
+                       flip=recipe.flip)
+    recipe_of_views = _json({"data": dataset.digest, "shift": recipe.shift, "flip": recipe.flip})
+    folder = runs_folder() / f"logits-{_digest(recipe_of_views, *teacher.get_weights())[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    answers = []
+    for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False):
+        path = folder / f"view{v:02d}.npy"
+        if not path.exists():
+            answer = predict_logits(teacher, augment(dataset.x_train, codes[v]))
+            _write_aside(path, lambda file, answer=answer: np.save(file, answer))
+        answers.append(np.load(path, allow_pickle=False))
+    return np.stack(answers)
+
+
+def predict_logits(model, images: np.ndarray) -> np.ndarray:
+    """Logits of many images, in batches: float32 (N, classes)."""
+    return model.predict(images, batch_size=500, verbose=0)
+
+
+class _StateKeeper(keras.callbacks.Callback):
+    """Keeps the state of a training after each epoch, and shows its progress.
+
+    Keras's BackupAndRestore leaves out the state of Dropout's random numbers and loses its
+    only copy when it is killed while writing; here the last two states are kept.
+    """
+
+    def __init__(self, folder: Path, spec: dict, epochs: int):
+        super().__init__()
+        self.state, self.before = folder / "state.npz", folder / "state-before.npz"
+        self.meta = {"spec": spec, "versions": _versions()}
+        self.epochs, self.epoch, self.history = epochs, 0, {}
+
+    def restore(self, trainer) -> None:
+        trainer.optimizer.build(trainer.trainable_variables)
+        for path in (self.state, self.before):
+            if not path.exists():
+                continue
+            try:
+                with np.load(path, allow_pickle=False) as file:
+                    meta = json.loads(str(file["meta"]))
+                    values = [file[f"v{k}"] for k in range(len(file.files) - 1)]
+            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
+                warnings.warn(f"{path.name} of {path.parent.name} is damaged ({e}): "
+                              "going on from the state before it.", stacklevel=2)
+                continue
+            self._adopt(trainer, meta, values, path.parent.name)
+            return
+
+    def _adopt(self, trainer, meta, values, name) -> None:
+        for key, mine in self.meta.items():
+            if meta[key] != json.loads(_json(mine)):
+                raise RuntimeError(
+                    f"the run {name} was begun with other {key} ({meta[key]}, now {mine}): "
+                    "delete its folder to begin anew, or go back to those."
+                )
+        for variable, value in zip(_state_of(trainer), values, strict=True):
+            variable.assign(value)
+        self.epoch, self.history = meta["epoch"], meta["history"]
+
+    def on_train_begin(self, logs=None):
+        self.bar = tqdm(total=self.epochs, initial=self.epoch, unit="epoch",
+                        desc=self.meta["spec"]["method"])
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.started = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs = dict(logs, seconds=time.perf_counter() - self.started)
+        for key, value in logs.items():
+            self.history.setdefault(key, []).append(float(value))
+        self.epoch = epoch + 1
+        self._save()
+        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", val_accuracy=f"{logs['val_accuracy']:.3f}")
+        self.bar.update()
+
+    def on_train_end(self, logs=None):
+        self.bar.close()
+
+    def _save(self) -> None:
+        meta = _json({**self.meta, "epoch": self.epoch, "history": self.history})
+        values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
+        aside = self.state.with_suffix(".part")
+        _write_aside(aside, lambda file: np.savez(file, meta=np.array(meta), **values))
+        if self.state.exists():
+            os.replace(self.state, self.before)
+        os.replace(aside, self.state)
+
+
+def _state_of(trainer) -> list:
+    return [*trainer.variables, *trainer.optimizer.variables]
+
+
+def _finish(model, history, dataset, teacher, spec, folder) -> Run:
+    """Measure a trained model, write it down, and only then drop the way back."""
+    row = {
+        **{key: spec[key] for key in ("dataset", "method", "temperature", "alpha", "seed", "epochs")},
+        "model": model.name,
+        "parameters": model.count_params(),
+        **measure(model, dataset, teacher),
+        "seconds": round(sum(history["seconds"])),
+        "machine": _machine(),
+        "versions": _versions(),
+    }
+    row = {key: row[key] for key in RESULT_COLUMNS}
+    _write_aside(folder / "model.keras", lambda file: _save_model(model, file))
+    text = _json({"spec": spec, "row": row, "history": history})
+    _write_aside(folder / "model.json", lambda file: file.write(text.encode()))
+    for name in ("state.npz", "state-before.npz"):
+        (folder / name).unlink(missing_ok=True)
+    return Run(model, history, row)
+
+
+def _save_model(model, file) -> None:
+    path = Path(file.name).with_suffix(".tmp.keras")
+    model.save(path)
+    file.write(path.read_bytes())
+    path.unlink()
+
+
+def _load_run(stem: Path, spec: dict) -> Run | None:
+    """The finished run at ``stem``.keras and .json, if it is the one that ``spec`` describes."""
+    notes = stem.parent / f"{stem.name}.json"
+    if not notes.exists():
+        return None
+    found = json.loads(notes.read_text())
+    if found["spec"] != json.loads(_json(spec)):
+        return None
+    model = keras.saving.load_model(stem.parent / f"{stem.name}.keras", compile=False)
+    return Run(model, found["history"], found["row"])
+
+
+def publish(run: Run) -> None:
+    """Copy a finished run from the runs folder into ``reference`` (for maintainers)."""
+    import pandas as pd
+
+    row = run.row
+    name = f"{row['dataset']}-{row['method']}-seed{row['seed']}"
+    (folder,) = [p.parent for p in runs_folder().glob(f"{name}-*/model.json")
+                 if json.loads(p.read_text())["row"] == row]
+    for kind in ("keras", "json"):
+        data = (folder / f"model.{kind}").read_bytes()
+        _write_aside(REFERENCE / f"{name}.{kind}", lambda file, data=data: file.write(data))
+    table = REFERENCE / "results.csv"
+    old = pd.read_csv(table).to_dict("records") if table.exists() else []
+    key = ("dataset", "method", "seed")
+    rows = [r for r in old if any(r[k] != row[k] for k in key)] + [row]
+    frame = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(list(key))
+    _write_aside(table, lambda file: frame.to_csv(file, index=False))
+
+
+RESULT_COLUMNS = (
+    "dataset model method temperature alpha seed epochs parameters val_accuracy test_accuracy "
+    "nll ece agreement seconds machine versions".split()
+)
+
+
+def measure(model, dataset: Dataset, teacher=None) -> dict[str, float]:
+    """val_accuracy; and on the test set: accuracy, nll (nats), ece, agreement with a teacher."""
+    logits = predict_logits(model, dataset.x_test).astype("float64")
+    log_p = scipy.special.log_softmax(logits, axis=-1)
+    guess = logits.argmax(-1)
+    agreement = None
+    if teacher is not None:
+        agreement = float(np.mean(guess == predict_logits(teacher, dataset.x_test).argmax(-1)))
+    val = predict_logits(model, dataset.x_val).argmax(-1)
+    return {
+        "val_accuracy": round(float(np.mean(val == dataset.y_val)), 4),
+        "test_accuracy": round(float(np.mean(guess == dataset.y_test)), 4),
+        "nll": round(float(-log_p[np.arange(len(guess)), dataset.y_test].mean()), 4),
+        "ece": round(expected_calibration_error(np.exp(log_p), dataset.y_test), 4),
+        "agreement": None if agreement is None else round(agreement, 4),
+    }
+
+
+def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
+    """Mean gap between confidence and accuracy over equal bins of confidence.
+
+    Args: probabilities (N, classes), labels (N,). Source: Guo et al. 2017, section 2.
+    """
+    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(which, right - confidence, bins)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _write_aside(path: Path, write) -> None:
+    """Write a file so that a kill or a full disk leaves the old one whole."""
+    aside = path.with_name(path.name + ".aside")
+    with open(aside, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _json(value) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def _digest(*parts) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            digest.update(f"{part.dtype}{part.shape}".encode())
+            digest.update(np.ascontiguousarray(part).data)
+        else:
+            digest.update(str(part).encode())
+    return digest.hexdigest()
+
+
+def _architecture_digest(model) -> str:
+    """Layers and their settings, without the names that Keras counts up."""
+    parts = [
+        (type(layer).__name__, [tuple(w.shape) for w in layer.weights],
+         {k: v for k, v in layer.get_config().items() if k not in ("name", "layers", "seed")})
+        for layer in model.layers
+    ]
+    return _digest(_json(parts))
+
+
+def _versions() -> str:
+    return f"tensorflow {tf.__version__}, keras {keras.__version__}, numpy {np.__version__}"
+
+
+def _machine() -> str:
+    cpu = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((s.split(": ")[1] for s in lines if s.startswith("model name")), cpu)
+    return f"{os.cpu_count()} cores, {cpu}"
