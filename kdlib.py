@@ -246,37 +246,40 @@ def _reflect(index: np.ndarray, size: int) -> np.ndarray:
 def build_teacher(num_classes: int = 10) -> keras.Model:
     """VGG-like teacher: raw pixels (N, 32, 32, 3) in 0..255 in, logits (N, num_classes) out.
 
-    Three stages of 3x3 convolutions as in VGG (Simonyan and Zisserman 2015, section 2), each
-    with BatchNorm, max pooling between them, Dropout before the classifier.
+    Stages of 3x3 convolutions with max pooling between them, as in VGG (Simonyan and
+    Zisserman 2015, section 2), each with BatchNorm; Dropout before the classifier. The first
+    convolution is a cheap 2x2, which lets the second be wide where the image is largest.
     """
-    widths = ((48,), (80, 80), (128, 128, 160))
-    return _vgg(widths, num_classes=num_classes, dropout=0.2, name="teacher")
+    stages = ((24, 64), (64, 128), (128, 128), (128,))
+    return _vgg(stages, num_classes=num_classes, first_kernel=2, dropout=0.2, name="teacher")
 
 
 def build_student(num_classes: int = 10) -> keras.Model:
-    """The teacher's shape at a sixth of its size: same pixels in, logits out, no Dropout."""
-    widths = ((24,), (40, 40), (72, 56))
-    return _vgg(widths, num_classes=num_classes, dropout=0.0, name="student")
+    """A sixth of the teacher's size: same pixels in, logits out, no Dropout."""
+    stages = ((24,), (40, 40), (72, 56))
+    return _vgg(stages, num_classes=num_classes, first_kernel=3, dropout=0.0, name="student")
 
 
-def _vgg(widths, *, num_classes: int, dropout: float, name: str) -> keras.Model:
+def _vgg(stages, *, num_classes: int, first_kernel: int, dropout: float, name: str):
     pixels = keras.Input((32, 32, 3), name="pixels")
     # Inside the model, so that nobody can feed it differently normalised images.
     x = layers.Normalization(
         mean=PIXEL_MEAN, variance=[s**2 for s in PIXEL_STD], name="normalization"
     )(pixels)
-    for stage, channels in enumerate(widths, start=1):
-        for k, width in enumerate(channels, start=1):
+    kernel = first_kernel
+    for stage, widths in enumerate(stages, start=1):
+        for k, width in enumerate(widths, start=1):
             tag = f"{stage}_{k}"
             x = layers.Conv2D(
-                width, 3, padding="same", use_bias=False, name=f"conv{tag}"
+                width, kernel, padding="same", use_bias=False, name=f"conv{tag}"
             )(x)
-            if k == len(channels) and stage < 3:
+            if k == len(widths) and stage < len(stages):
                 # Pooling before BatchNorm: the same maximum, a quarter of the work after it.
                 x = layers.MaxPooling2D(name=f"pool{stage}")(x)
             x = layers.BatchNormalization(momentum=0.9, name=f"norm{tag}")(x)
             x = layers.ReLU(name=f"relu{tag}")(x)
-    x = layers.GlobalMaxPooling2D(name="pool3")(x)
+            kernel = 3
+    x = layers.GlobalMaxPooling2D(name=f"pool{len(stages)}")(x)
     if dropout:
         x = layers.Dropout(dropout, name="dropout")(x)
     return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
