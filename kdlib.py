@@ -23,7 +23,7 @@ import time
 import warnings
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -31,10 +31,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # has to stand before the im
 
 import filelock
 import keras
-import matplotlib.pyplot as plt
 import numpy as np
 import scipy
-import seaborn as sns
 import sklearn.datasets
 import tensorflow as tf
 from keras import layers, ops
@@ -175,33 +173,40 @@ def _split(name, class_names, x, y, x_test, y_test, *, validation: int) -> Datas
     return Dataset(name, list(class_names), x[train], y[train], x[val], y[val], x_test, y_test)
 
 
-def _digits() -> Dataset:
-    """scikit-learn's 1,797 handwritten digits, made hard: small, tilted, on noise."""
+def _digits(renderings: int = 2) -> Dataset:
+    """scikit-learn's 1,797 handwritten digits, made hard: small, tilted, on noise.
+
+    Each training digit is set into several scenes, each other digit into one.
+    """
     digits = sklearn.datasets.load_digits()
-    x = np.stack([
-        _scene(image / 16, np.random.default_rng([2015, k]))
-        for k, image in enumerate(digits.images)
-    ])
-    rest, test = train_test_split(
-        np.arange(len(x)), test_size=447, stratify=digits.target, random_state=0
+    names, y = [str(k) for k in range(10)], digits.target.astype("int32")
+    which = np.arange(len(y))
+    rest, test = train_test_split(which, test_size=447, stratify=y, random_state=0)
+    train, val = train_test_split(rest, test_size=150, stratify=y[rest], random_state=0)
+
+    def scenes(chosen, count):
+        return np.stack([
+            _scene(digits.images[k] / 16, np.random.default_rng([2015, k, n]))
+            for n in range(count) for k in chosen
+        ]), np.tile(y[chosen], count)
+
+    return Dataset(
+        "digits", names, *scenes(train, renderings), *scenes(val, 1), *scenes(test, 1)
     )
-    y = digits.target.astype("int32")
-    names = [str(k) for k in range(10)]
-    return _split("digits", names, x[rest], y[rest], x[test], y[test], validation=150)
 
 
 def _scene(digit: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One 8x8 digit, at random place, size and angle, on a noisy 32x32x3 background."""
-    angle, size = rng.uniform(-0.5, 0.5), rng.uniform(1.5, 3.0)
+    angle, size = rng.uniform(-0.5, 0.5), rng.uniform(1.8, 3.0)
     centre = 15.5 + rng.uniform(-1, 1, 2) * (15.5 - 4 * size)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / size
     ink = scipy.ndimage.affine_transform(
         digit, turn, offset=3.5 - turn @ centre, output_shape=(32, 32), order=1
     )
     paper = rng.uniform(60, 195, 3)
-    pen = paper + rng.choice([-1, 1]) * rng.uniform(40, 90, 3)  # darker or lighter
+    pen = paper + rng.choice([-1, 1]) * rng.uniform(50, 100, 3)  # darker or lighter
     blotches = scipy.ndimage.gaussian_filter(rng.normal(0, 1, (32, 32, 3)), (2, 2, 0))
-    noise = 100 * blotches + rng.normal(0, 12, (32, 32, 3))
+    noise = 85 * blotches + rng.normal(0, 12, (32, 32, 3))
     scene = paper + ink[..., None] * (pen - paper) + noise
     return np.clip(np.rint(scene), 0, 255).astype("uint8")
 
@@ -510,8 +515,10 @@ class Recipe:
 RECIPES = {
     ("cifar10", "teacher"): Recipe(epochs=20),
     ("cifar10", "student"): Recipe(epochs=20),
-    ("digits", "teacher"): Recipe(epochs=30, batch_size=50, learning_rate=0.1, flip=False),
-    ("digits", "student"): Recipe(epochs=30, batch_size=50, learning_rate=0.1, flip=False),
+    ("digits", "teacher"): Recipe(
+        epochs=30, batch_size=50, learning_rate=0.1, views=30, flip=False
+    ),
+    ("digits", "student"): Recipe(epochs=10, batch_size=50, learning_rate=0.03, flip=False),
 }
 
 
@@ -635,7 +642,8 @@ def batches(dataset, recipe, *, seed, first_epoch=0, teacher_logits=None) -> tf.
 
     def produce():
         for epoch in range(first_epoch, recipe.epochs):
-            order, view = np.random.default_rng([seed, epoch]).permutation(count), epoch % recipe.views
+            order = np.random.default_rng([seed, epoch]).permutation(count)
+            view = epoch % recipe.views
             for index in order[: steps * size].reshape(steps, size):
                 images = augment(dataset.x_train[index], codes[view, index])
                 if teacher_logits is not None:
@@ -768,7 +776,7 @@ def _state_of(trainer) -> list:
 def _finish(model, history, dataset, teacher, spec, folder) -> Run:
     """Measure a trained model, write it down, and only then drop the way back."""
     row = {
-        **{key: spec[key] for key in ("dataset", "method", "temperature", "alpha", "seed", "epochs")},
+        **{key: spec[key] for key in RESULT_COLUMNS if key in spec},
         "model": model.name,
         "parameters": model.count_params(),
         **measure(model, dataset, teacher),
@@ -786,8 +794,11 @@ def _finish(model, history, dataset, teacher, spec, folder) -> Run:
 
 
 def _save_model(model, file) -> None:
-    path = Path(file.name).with_suffix(".tmp.keras")
-    model.save(path)
+    """Save without the optimizer, which would triple the file."""
+    plain = keras.models.clone_model(model)
+    plain.set_weights(model.get_weights())
+    path = Path(file.name).with_suffix(".keras")
+    plain.save(path)
     file.write(path.read_bytes())
     path.unlink()
 
@@ -801,7 +812,7 @@ def _load_run(stem: Path, spec: dict) -> Run | None:
     if found["spec"] != json.loads(_json(spec)):
         return None
     model = keras.saving.load_model(stem.parent / f"{stem.name}.keras", compile=False)
-    return Run(model, found["history"], found["row"])
+    return Run(model, found["history"], {key: found["row"][key] for key in RESULT_COLUMNS})
 
 
 def publish(run: Run) -> None:
