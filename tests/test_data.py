@@ -1,0 +1,170 @@
+"""Data: splits, views, and files that are not what they should be."""
+
+import kdlib  # isort: skip
+import keras
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return kdlib.load_dataset("digits")
+
+
+def test_digits_shapes_and_determinism(digits):
+    for part in ("train", "val", "test"):
+        x, y = getattr(digits, f"x_{part}"), getattr(digits, f"y_{part}")
+        assert x.dtype == np.uint8 and x.shape[1:] == (32, 32, 3)
+        assert y.dtype == np.int32 and len(x) == len(y) and set(y) == set(range(10))
+    assert digits.digest == kdlib.load_dataset("digits").digest
+    assert len(digits.x_val) == 150 and len(digits.x_test) == 447
+
+
+def test_digits_do_not_leak(digits):
+    seen = {image.tobytes() for image in digits.x_train}
+    assert not any(image.tobytes() in seen for image in [*digits.x_val, *digits.x_test])
+
+
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.setenv("KD_DATASET", "digits")
+    assert kdlib.load_dataset().name == "digits"
+
+
+def test_unknown_name():
+    with pytest.raises(ValueError, match="'mnist'.*'cifar10' or 'digits'"):
+        kdlib.load_dataset("mnist")
+
+
+# --- cifar10.npz ---
+
+
+def small_arrays():
+    rng = np.random.default_rng(0)
+    return {
+        "x_train": rng.integers(0, 256, (600, 32, 32, 3)).astype("uint8"),
+        "y_train": np.arange(600) % 10, "x_test": np.zeros((100, 32, 32, 3), "uint8"),
+        "y_test": np.arange(100) % 10,
+    }
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    """A folder that stands for KD_DATA_DIR, and arrays of a CIFAR-10 small enough to write."""
+    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+    arrays = small_arrays()
+    shapes = {key: array.shape for key, array in arrays.items()}
+    monkeypatch.setattr(kdlib, "CIFAR10_SHAPES", shapes)
+    return tmp_path / "cifar10.npz", arrays
+
+
+def refused(path, match):
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match=f"(?s)cifar10.npz in KD_DATA_DIR is damaged.*{match}"):
+        kdlib.load_dataset()
+    assert path.read_bytes() == before
+
+
+def test_truncated_file(cifar):
+    path, arrays = cifar
+    np.savez(path, **arrays)
+    path.write_bytes(path.read_bytes()[:100_000])
+    refused(path, "Fetch the file again")
+
+
+def test_flipped_bytes(cifar):
+    path, arrays = cifar
+    np.savez_compressed(path, **arrays)
+    content = bytearray(path.read_bytes())
+    content[50_000:50_064] = bytes(64)
+    path.write_bytes(content)
+    refused(path, "Fetch the file again")
+
+
+def test_missing_array(cifar):
+    path, arrays = cifar
+    del arrays["y_test"]
+    np.savez(path, **arrays)
+    refused(path, "y_test are missing")
+
+
+def test_wrong_shape(cifar):
+    path, arrays = cifar
+    arrays["x_test"] = arrays["x_test"].transpose(0, 3, 1, 2)
+    np.savez(path, **arrays)
+    refused(path, "x_test is uint8.*not integers of shape")
+
+
+def test_label_out_of_range(cifar):
+    path, arrays = cifar
+    arrays["y_train"][3] = 10
+    np.savez(path, **arrays)
+    refused(path, "y_train has values out of range")
+
+
+class Boom:
+    opened = False
+
+    def __reduce__(self):
+        return exec, ("import test_data; test_data.Boom.opened = True",)
+
+
+def test_pickled_objects_are_never_loaded(cifar):
+    path, arrays = cifar
+    arrays["y_train"] = np.array([Boom()] * 600, dtype=object)
+    np.savez(path, **arrays)
+    refused(path, "allow_pickle|Object arrays")
+    assert not Boom.opened
+
+
+def no_network(*args, **kwargs):
+    raise OSError("no route to host")
+
+
+def test_without_cifar10_digits_come_with_a_notice(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("KD_DATASET", raising=False)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", no_network)
+    assert kdlib.load_dataset().name == "digits"
+    assert "DIGITS" in capsys.readouterr().out
+
+
+def test_cifar10_asked_for_and_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", no_network)
+    with pytest.raises(FileNotFoundError, match="(?s)no route to host.*Three ways out"):
+        kdlib.load_dataset("cifar10")
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_file(cifar, monkeypatch):
+    path, arrays = cifar
+    monkeypatch.setattr(kdlib, "_split", lambda *a, validation, f=kdlib._split: f(*a, validation=60))
+    monkeypatch.delenv("KD_DATASET", raising=False)
+    np.savez(path, **arrays)
+    first = kdlib.load_dataset()
+    mixed = np.random.default_rng(1).permutation(600)
+    np.savez(path, **{**arrays, "x_train": arrays["x_train"][mixed],
+                      "y_train": arrays["y_train"][mixed]})
+    assert kdlib.load_dataset().digest == first.digest
+    assert (np.bincount(first.y_val) == 6).all()
+
+
+# --- views ---
+
+
+def test_a_view_against_padding_and_cropping():
+    images = np.random.default_rng(0).integers(0, 256, (40, 32, 32, 3)).astype("uint8")
+    codes = kdlib.view_codes(images=40, views=2, shift=4, flip=True)[1]
+    got = kdlib.augment(images, codes)
+    padded = np.pad(images, [(0, 0), (4, 4), (4, 4), (0, 0)], mode="reflect")
+    for k, (dy, dx, mirrored) in enumerate(codes):
+        crop = padded[k, 4 + dy : 36 + dy, 4 + dx : 36 + dx]
+        np.testing.assert_array_equal(got[k], crop[:, ::-1] if mirrored else crop)
+
+
+def test_views_are_a_function_of_image_and_number():
+    few = kdlib.view_codes(images=50, views=2, shift=4, flip=True)
+    many = kdlib.view_codes(images=50, views=5, shift=4, flip=True)
+    np.testing.assert_array_equal(few, many[:2])
+    assert (many[..., 2].sum(0) >= 2).all()  # flips alternate
+    assert many[..., :2].min() == -4 and many[..., :2].max() == 4
+    assert not kdlib.view_codes(images=50, views=2, shift=0, flip=False).any()
