@@ -31,15 +31,18 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # has to stand before the im
 
 import filelock
 import keras
+import matplotlib.pyplot as plt
 import numpy as np
 import scipy
+import seaborn as sns
 import sklearn.datasets
 import tensorflow as tf
 from keras import layers, ops
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-REFERENCE = Path(__file__).resolve().parent / "reference"
+ROOT = Path(__file__).resolve().parent  # relative paths in KD_... variables begin here
+REFERENCE = ROOT / "reference"
 
 # --- data -----------------------------------------------------------------------------
 
@@ -114,7 +117,7 @@ def load_dataset(name: str | None = None) -> Dataset:
 
 
 def _cifar10() -> Dataset:
-    path = Path(os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
+    path = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
     if path.exists():
         arrays = _read_cifar10(path)
     else:
@@ -598,7 +601,7 @@ def train_or_load(
 
 def runs_folder() -> Path:
     """Where runs and cached logits are kept: ``$KD_RUNS_DIR``, by default ``runs``."""
-    return Path(os.environ.get("KD_RUNS_DIR") or REFERENCE.parent / "runs")
+    return ROOT / (os.environ.get("KD_RUNS_DIR") or "runs")
 
 
 def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[float]]:
@@ -914,3 +917,128 @@ def _machine() -> str:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         cpu = next((s.split(": ")[1] for s in lines if s.startswith("model name")), cpu)
     return f"{os.cpu_count()} cores, {cpu}"
+
+
+# --- plots ----------------------------------------------------------------------------
+
+# One colour a role, everywhere (Okabe and Ito's, safe for colour-blind readers), and a
+# second cue for readers of a grey print.
+COLOURS = {
+    "hard labels": "#000000", "teacher": "#0072B2", "distilled": "#D55E00", "scratch": "#009E73"
+}
+DASHES = {"hard labels": ":", "teacher": "-.", "distilled": "-", "scratch": "--"}
+MARKERS = {"hard labels": "x", "teacher": "s", "distilled": "o", "scratch": "^"}
+HATCHES = {"hard labels": "", "teacher": "//", "distilled": "", "scratch": ".."}
+
+
+def temperature_colours(count: int) -> list:
+    """One sequential ramp for temperatures, cold to hot, dark enough at its light end."""
+    return list(sns.color_palette("flare", count))
+
+
+def plot_images(images, titles=None, *, columns: int = 10, title: str = ""):
+    """A grid of images (N, H, W, 3) with a line above each; returns the figure."""
+    rows = -(-len(images) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(10, 10 / columns * rows * 1.25), squeeze=False,
+        layout="constrained",
+    )
+    for ax in axes.flat:
+        ax.axis("off")
+    for k, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
+        ax.imshow(image)
+        if titles is not None:
+            ax.set_title(titles[k], fontsize=9)
+    fig.suptitle(title)
+    return fig
+
+
+def plot_curves(curves: dict[str, list[float]], *, title: str, ylabel: str, ax=None):
+    """Curves over epochs, each labelled at its end; names that are roles get their colour."""
+    ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    for name, values in curves.items():
+        epochs = np.arange(1, len(values) + 1)
+        (line,) = ax.plot(
+            epochs, values, DASHES.get(name, "-"), color=COLOURS.get(name), label=name,
+            marker=MARKERS.get(name), markersize=4,
+        )
+        ax.annotate(f" {name}", (epochs[-1], values[-1]), color=line.get_color(), va="center",
+                    annotation_clip=False)
+    ax.set(title=title, xlabel="epoch", ylabel=ylabel)
+    ax.margins(x=0.02)
+    sns.despine(ax=ax)
+    return ax.figure
+
+
+def plot_matrix(matrix, class_names, *, title: str, xlabel: str, ylabel: str, fmt="d",
+                cmap="Blues", **settings):
+    """A classes-by-classes heat map with its numbers; returns the figure."""
+    fig, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    sns.heatmap(matrix, annot=True, fmt=fmt, cmap=cmap, xticklabels=class_names,
+                yticklabels=class_names, annot_kws={"size": 8}, ax=ax, **settings)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.tick_params(axis="x", rotation=45)
+    return fig
+
+
+def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, axes):
+    """A row: the image, its hard label, and its soft labels at each temperature."""
+    classes = np.arange(len(class_names))
+    axes[0].imshow(image)
+    axes[0].set_axis_off()
+    axes[0].set_title(class_names[label], fontsize=10)
+    axes[1].bar(classes, classes == label, color=COLOURS["hard labels"])
+    axes[1].set_title("hard label", fontsize=10)
+    colours = temperature_colours(len(temperatures))
+    for ax, temperature, colour in zip(axes[2:], temperatures, colours, strict=True):
+        ax.bar(classes, soften(logits, temperature), color=colour)
+        ax.set_title(f"T = {temperature:g}", fontsize=10)
+    for ax in axes[1:]:
+        ax.set(ylim=(0, 1), xticks=classes)
+        ax.set_xticklabels(class_names, rotation=90, fontsize=7)
+        ax.tick_params(axis="y", labelsize=7)
+        sns.despine(ax=ax)
+
+
+def plot_architecture():
+    """Distillation in one picture: two models, two losses, one of them trained."""
+    fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
+    ax.set(xlim=(0, 100), ylim=(0, 44))
+    ax.axis("off")
+
+    def box(x, y, width, text, colour, dash="-"):
+        ax.text(x + width / 2, y + 4, text, ha="center", va="center", fontsize=10)
+        ax.add_patch(plt.Rectangle((x, y), width, 8, fill=False, ec=colour, lw=2, ls=dash))
+
+    def arrow(*points, colour="0.3", dash="-"):
+        *path, end = points
+        for a, b in zip(path, path[1:], strict=False):
+            ax.plot(*zip(a, b, strict=True), color=colour, ls=dash, lw=1.5)
+        ax.annotate("", end, path[-1], arrowprops=dict(
+            arrowstyle="-|>", color=colour, ls=dash, lw=1.5, shrinkA=0, shrinkB=0))
+
+    blue, red, black = (COLOURS[k] for k in ("teacher", "distilled", "hard labels"))
+    box(0, 18, 12, "images\n(one view)", "0.3")
+    box(20, 32, 16, "teacher\nfrozen", blue, "--")
+    box(20, 18, 16, "student\ntrained", red)
+    box(20, 2, 16, "hard labels", black)
+    box(43, 32, 17, "softmax(logits / T)\nsoft labels", blue)
+    box(43, 18, 17, "softmax(logits / T)", red)
+    box(66, 25, 15, "distillation_loss\nT² · KL", "0.3")
+    box(66, 2, 15, "student_loss\ncross-entropy", "0.3")
+    box(86, 14, 14, "loss", "0.3")
+    arrow((12, 24), (16, 24), (16, 36), (20, 36))
+    arrow((12, 22), (20, 22))
+    arrow((36, 36), (43, 36), colour=blue)
+    arrow((36, 22), (43, 22), colour=red)
+    arrow((60, 36), (73.5, 36), (73.5, 33), colour=blue)
+    arrow((60, 22), (73.5, 22), (73.5, 25), colour=red)
+    arrow((39, 22), (39, 8), (66, 8), colour=red)
+    arrow((36, 4), (66, 4), colour=black)
+    arrow((81, 29), (93, 29), (93, 22))
+    arrow((81, 6), (93, 6), (93, 14))
+    ax.text(83, 30.5, "× (1 − alpha)", fontsize=9)
+    ax.text(83, 7.5, "× alpha", fontsize=9)
+    ax.text(39.8, 12, "logits, T = 1", fontsize=9, color=red)
+    ax.set_title("The gradient of the loss goes back into the student, and nowhere else")
+    return fig

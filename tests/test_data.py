@@ -137,7 +137,8 @@ def test_cifar10_asked_for_and_not_there(tmp_path, monkeypatch):
 
 def test_the_split_does_not_depend_on_the_order_of_the_file(cifar, monkeypatch):
     path, arrays = cifar
-    monkeypatch.setattr(kdlib, "_split", lambda *a, validation, f=kdlib._split: f(*a, validation=60))
+    split = kdlib._split
+    monkeypatch.setattr(kdlib, "_split", lambda *a, validation: split(*a, validation=60))
     monkeypatch.delenv("KD_DATASET", raising=False)
     np.savez(path, **arrays)
     first = kdlib.load_dataset()
