@@ -521,7 +521,7 @@ RECIPES = {
     ("digits", "teacher"): Recipe(
         epochs=30, batch_size=50, learning_rate=0.1, views=30, flip=False
     ),
-    ("digits", "student"): Recipe(epochs=10, batch_size=50, learning_rate=0.03, flip=False),
+    ("digits", "student"): Recipe(epochs=12, batch_size=50, learning_rate=0.015, flip=False),
 }
 
 
