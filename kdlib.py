@@ -27,7 +27,17 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # has to stand before the import
+# TensorFlow's C++ libraries greet on stderr before they heed any log level, and every reader
+# would find that under the first cell. So: no stderr while they load.
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+_stderr, _nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+os.dup2(_nowhere, 2)
+try:
+    import tensorflow as tf
+finally:
+    os.dup2(_stderr, 2)
+    os.close(_stderr)
+    os.close(_nowhere)
 
 import filelock
 import keras
@@ -36,7 +46,6 @@ import numpy as np
 import scipy
 import seaborn as sns
 import sklearn.datasets
-import tensorflow as tf
 from keras import layers, ops
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm

@@ -1,0 +1,166 @@
+"""The notebooks: run for real on digits, strictly on CIFAR-10, and kept clean."""
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
+each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """One runs folder for all notebooks, so that each model is trained once."""
+    return tmp_path_factory.mktemp("runs")
+
+
+def run_nbval(flag, path, **environment):
+    command = [
+        sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", flag,
+        "--nbval-cell-timeout=900", "--nbval-current-env", str(path),
+    ]
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-5000:]
+    assert " passed" in done.stdout
+
+
+@each_notebook
+def test_trained_for_real_on_digits(path, runs):
+    run_nbval(
+        "--nbval-lax", path, KD_DATASET="digits", KD_RETRAIN="1", KD_RUNS_DIR=str(runs)
+    )
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+@each_notebook
+def test_every_output_on_cifar10(path, tmp_path):
+    run_nbval("--nbval", path, KD_DATASET="cifar10", KD_RETRAIN="0", KD_RUNS_DIR=str(tmp_path))
+    assert not list(tmp_path.glob("*/state.npz")), "trained instead of loading from reference"
+
+
+# --- hygiene ---
+
+
+def cells(path, kind=None):
+    return [cell for cell in json.loads(path.read_text())["cells"]
+            if kind in (None, cell["cell_type"])]
+
+
+def source(cell):
+    return "".join(cell["source"])
+
+
+def outputs(path):
+    return [output for cell in cells(path, "code") for output in cell["outputs"]]
+
+
+def text_of(output):
+    return "".join(output.get("text", [])) + "".join(
+        output.get("data", {}).get("text/plain", []))
+
+
+@each_notebook
+def test_executed_in_order(path):
+    counts = [cell["execution_count"] for cell in cells(path, "code")]
+    assert counts == list(range(1, len(counts) + 1))
+
+
+@each_notebook
+def test_outputs_are_clean(path):
+    for output in outputs(path):
+        assert output["output_type"] != "error"
+        assert output.get("name") != "stderr", text_of(output)
+        text = text_of(output)
+        assert not re.search(r"0x[0-9a-f]{6,}", text), text
+        assert not re.search(r"/(home|root|tmp|work|Users|usr)/", text), text
+    assert path.stat().st_size < 500_000
+
+
+@each_notebook
+def test_shape(path):
+    code = [source(cell) for cell in cells(path, "code")]
+    prose = [source(cell) for cell in cells(path, "markdown")]
+    assert 20 <= len(code) + len(prose) <= 50
+    for cell in code:
+        assert len(cell.splitlines()) <= 25
+        assert max(map(len, cell.splitlines())) <= 88
+    number = path.stem[:2]
+    assert prose[0].startswith(f"# {number} · ")
+    assert "Running time" in prose[0] and "## Summary" in prose[-1]
+    assert "## Exercises" in prose[-1] and "<details>" in prose[-1]
+    figures = [int(n) for text in prose for n in re.findall(rf"\*Figure {int(number)}\.(\d+):", text)]
+    assert figures == list(range(1, len(figures) + 1)) and figures
+
+
+@each_notebook
+def test_links_resolve(path):
+    for cell in cells(path, "markdown"):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", source(cell)):
+            assert (path.parent / link).exists(), link
+
+
+def functions(code):
+    tree = ast.parse(code)
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            yield node
+
+
+def without_docstring(node):
+    body = node.body
+    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        body = body[1:]
+    return [ast.dump(line) for line in body]
+
+
+# --- numbers in prose ---
+
+TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
+# Other people's results, quoted with their source beside them.
+CITED = {"76.65", "70.75", "64.6", "48.16"}
+
+
+def measured_percentages():
+    columns = TABLE[["val_accuracy", "test_accuracy", "agreement"]].to_numpy().ravel()
+    return {f"{100 * value:.{digits}f}" for value in columns for digits in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    "path", [*NOTEBOOKS, *sorted(ROOT.glob("*.md")), *sorted((ROOT / "reference").glob("*.md"))],
+    ids=lambda path: path.stem,
+)
+def test_percentages_in_prose_were_measured(path):
+    prose = [source(c) for c in cells(path, "markdown")] if path.suffix == ".ipynb" else [
+        path.read_text()]
+    quoted = set(re.findall(r"(\d+\.\d+)\s?%", "\n".join(prose)))
+    assert quoted <= measured_percentages() | CITED
+
+
+def test_parameters_in_the_readme_are_those_of_the_table():
+    quoted = set(re.findall(r"\d{2,3},\d{3}", (ROOT / "README.md").read_text()))
+    measured = {f"{n:,}" for n in TABLE["parameters"]}
+    assert measured <= quoted
+
+
+def test_results_are_a_tidy_table():
+    assert list(TABLE)[:6] == ["dataset", "model", "method", "temperature", "alpha", "seed"]
+    assert not TABLE.duplicated(["dataset", "method", "seed"]).any()
+    accuracies = TABLE[["val_accuracy", "test_accuracy"]].to_numpy()
+    assert ((0 <= accuracies) & (accuracies <= 1)).all()
+
+
+def test_the_linter_passes():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
