@@ -955,7 +955,7 @@ def plot_images(images, titles=None, *, columns: int = 10, title: str = ""):
     for ax in axes.flat:
         ax.axis("off")
     for k, (ax, image) in enumerate(zip(axes.flat, images, strict=False)):
-        ax.imshow(image)
+        ax.imshow(image, interpolation="nearest")
         if titles is not None:
             ax.set_title(titles[k], fontsize=9)
     fig.suptitle(title)
@@ -968,13 +968,14 @@ def plot_curves(curves: dict[str, list[float]], *, title: str, ylabel: str, ax=N
     for name, values in curves.items():
         epochs = np.arange(1, len(values) + 1)
         (line,) = ax.plot(
-            epochs, values, DASHES.get(name, "-"), color=COLOURS.get(name), label=name,
+            epochs, values, DASHES.get(name, "-"), color=COLOURS.get(name, "0.5"), label=name,
             marker=MARKERS.get(name), markersize=4,
         )
         ax.annotate(f" {name}", (epochs[-1], values[-1]), color=line.get_color(), va="center",
                     annotation_clip=False)
     ax.set(title=title, xlabel="epoch", ylabel=ylabel)
     ax.margins(x=0.02)
+    ax.xaxis.get_major_locator().set_params(integer=True)
     sns.despine(ax=ax)
     return ax.figure
 
@@ -993,7 +994,7 @@ def plot_matrix(matrix, class_names, *, title: str, xlabel: str, ylabel: str, fm
 def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, axes):
     """A row: the image, its hard label, and its soft labels at each temperature."""
     classes = np.arange(len(class_names))
-    axes[0].imshow(image)
+    axes[0].imshow(image, interpolation="nearest")
     axes[0].set_axis_off()
     axes[0].set_title(class_names[label], fontsize=10)
     axes[1].bar(classes, classes == label, color=COLOURS["hard labels"])

@@ -99,7 +99,8 @@ def test_shape(path):
     assert prose[0].startswith(f"# {number} · ")
     assert "Running time" in prose[0] and "## Summary" in prose[-1]
     assert "## Exercises" in prose[-1] and "<details>" in prose[-1]
-    figures = [int(n) for text in prose for n in re.findall(rf"\*Figure {int(number)}\.(\d+):", text)]
+    captions = re.findall(rf"\*Figure {int(number)}\.(\d+):", "\n".join(prose))
+    figures = [int(n) for n in captions]
     assert figures == list(range(1, len(figures) + 1)) and figures
 
 
