@@ -991,7 +991,7 @@ def plot_matrix(matrix, class_names, *, title: str, xlabel: str, ylabel: str, fm
     return fig
 
 
-def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, axes):
+def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, axes, names=True):
     """A row: the image, its hard label, and its soft labels at each temperature."""
     classes = np.arange(len(class_names))
     axes[0].imshow(image, interpolation="nearest")
@@ -1005,7 +1005,7 @@ def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, ax
         ax.set_title(f"T = {temperature:g}", fontsize=10)
     for ax in axes[1:]:
         ax.set(ylim=(0, 1), xticks=classes)
-        ax.set_xticklabels(class_names, rotation=90, fontsize=7)
+        ax.set_xticklabels(class_names if names else [], rotation=90, fontsize=7)
         ax.tick_params(axis="y", labelsize=7)
         sns.despine(ax=ax)
 
