@@ -965,14 +965,15 @@ def plot_images(images, titles=None, *, columns: int = 10, title: str = ""):
 def plot_curves(curves: dict[str, list[float]], *, title: str, ylabel: str, ax=None):
     """Curves over epochs, each labelled at its end; names that are roles get their colour."""
     ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
+    highest = max(values[-1] for values in curves.values())
     for name, values in curves.items():
         epochs = np.arange(1, len(values) + 1)
         (line,) = ax.plot(
             epochs, values, DASHES.get(name, "-"), color=COLOURS.get(name, "0.5"), label=name,
             marker=MARKERS.get(name), markersize=4,
         )
-        ax.annotate(f" {name}", (epochs[-1], values[-1]), color=line.get_color(), va="center",
-                    annotation_clip=False)
+        ax.annotate(f" {name}", (epochs[-1], values[-1]), color=line.get_color(),
+                    va="bottom" if values[-1] == highest else "top", annotation_clip=False)
     ax.set(title=title, xlabel="epoch", ylabel=ylabel)
     ax.margins(x=0.02)
     ax.xaxis.get_major_locator().set_params(integer=True)

@@ -1,5 +1,6 @@
 """The notebooks: run for real on digits, strictly on CIFAR-10, and kept clean."""
 
+import kdlib  # isort: skip
 import ast
 import json
 import os
@@ -8,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import keras
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -111,18 +114,30 @@ def test_links_resolve(path):
             assert (path.parent / link).exists(), link
 
 
-def functions(code):
-    tree = ast.parse(code)
-    for node in tree.body:
-        if isinstance(node, ast.FunctionDef):
-            yield node
+def defined_in(path, name):
+    """The function as the notebook defines it, with the names that the notebook imports."""
+    code = "\n".join(source(cell) for cell in cells(path, "code"))
+    (function,) = [node for node in ast.parse(code).body
+                   if isinstance(node, ast.FunctionDef) and node.name == name]
+    space = {"ops": keras.ops}
+    exec(compile(ast.Module([function], []), path.name, "exec"), space)
+    return space[name]
 
 
-def without_docstring(node):
-    body = node.body
-    if isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
-        body = body[1:]
-    return [ast.dump(line) for line in body]
+def test_soften_in_03_is_that_of_kdlib():
+    inline = defined_in(ROOT / "notebooks" / "03_soft_labels.ipynb", "soften")
+    logits = np.random.default_rng(0).normal(0, 5, (9, 10)).astype("float32")
+    for temperature in (0.5, 1.0, 4.0):
+        np.testing.assert_array_equal(
+            inline(logits, temperature), kdlib.soften(logits, temperature))
+
+
+def test_distillation_loss_in_04_is_that_of_kdlib():
+    inline = defined_in(ROOT / "notebooks" / "04_distillation.ipynb", "distillation_loss")
+    teacher, student = np.random.default_rng(0).normal(0, 5, (2, 9, 10)).astype("float32")
+    for temperature in (0.5, 1.0, 4.0):
+        arguments = dict(teacher_logits=teacher, student_logits=student, temperature=temperature)
+        assert float(inline(**arguments)) == float(kdlib.distillation_loss(**arguments))
 
 
 # --- numbers in prose ---
