@@ -39,6 +39,8 @@ finally:
     os.close(_stderr)
     os.close(_nowhere)
 
+tf.get_logger().setLevel("ERROR")  # a new model is a new graph: no warning is due
+
 import filelock
 import keras
 import matplotlib.pyplot as plt
@@ -49,6 +51,9 @@ import sklearn.datasets
 from keras import layers, ops
 from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
+
+# Raised whenever the same call would train other weights: no older run is taken for its own.
+__version__ = "0.2"
 
 ROOT = Path(__file__).resolve().parent  # relative paths in KD_... variables begin here
 REFERENCE = ROOT / "reference"
@@ -133,7 +138,7 @@ def _cifar10() -> Dataset:
         try:
             (a, b), (c, d) = keras.datasets.cifar10.load_data()
         except Exception as error:  # whatever a network can do
-            reason = str(error).splitlines()[0][:100]
+            reason = " ".join(repr(error).split())[:100]
             raise FileNotFoundError(
                 f"There is no {path.name} in KD_DATA_DIR, and the download failed "
                 f"({reason}). Three ways out: put cifar10.npz (x_train, y_train, x_test, "
@@ -155,6 +160,9 @@ def _read_cifar10(path: Path) -> dict[str, np.ndarray]:
             if missing:
                 raise ValueError(f"the arrays {', '.join(missing)} are missing")
             arrays = {key: file[key] for key in CIFAR10_SHAPES}
+        for key in ("y_train", "y_test"):  # Keras's own copy has them as (N, 1)
+            if arrays[key].shape[1:] == (1,):
+                arrays[key] = arrays[key].ravel()
         for key, shape in CIFAR10_SHAPES.items():
             if arrays[key].shape != shape or arrays[key].dtype.kind not in "iu":
                 raise ValueError(
@@ -365,34 +373,34 @@ def _differ(a, b) -> bool:
 
 
 def _as_float(logits):
+    """At least float32: half precision is too coarse for differences of logarithms."""
     logits = ops.convert_to_tensor(logits)
-    kind = keras.backend.standardize_dtype(logits.dtype)
-    return logits if "float" in kind else ops.cast(logits, "float32")
+    exact = keras.backend.standardize_dtype(logits.dtype) in ("float32", "float64")
+    return logits if exact else ops.cast(logits, "float32")
 
 
 def _check_temperature(temperature) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, numbers.Real):
-        raise TypeError(
-            f"temperature is {temperature!r}, a {type(temperature).__name__}: "
-            "give a positive number such as 4."
-        )
-    if not (math.isfinite(temperature) and temperature > 0):
-        raise ValueError(
-            f"temperature is {temperature}: it divides the logits, so it has to be positive "
-            "and finite; 1 leaves them as they are, 2 to 8 is usual."
-        )
-    return float(temperature)
+    return _check_number(
+        "temperature", temperature, lambda t: math.isfinite(t) and t > 0,
+        "it divides the logits, so it has to be a positive finite number; 1 leaves them as "
+        "they are, 2 to 8 is usual",
+    )
 
 
 def _check_alpha(alpha) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(f"alpha is {alpha!r}, a {type(alpha).__name__}: give a number.")
-    if not 0 <= alpha <= 1:
-        raise ValueError(
-            f"alpha is {alpha}: it is the weight of the hard-label loss and lies in [0, 1]; "
-            "0.1 to 0.3 is usual."
-        )
-    return float(alpha)
+    return _check_number(
+        "alpha", alpha, lambda a: 0 <= a <= 1,
+        "it is the weight of the hard-label loss and has to be a number in [0, 1]; "
+        "0.1 to 0.3 is usual",
+    )
+
+
+def _check_number(name: str, value, allowed, advice: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}: {advice}.")
+    if not allowed(value):
+        raise ValueError(f"{name} is {value}: {advice}.")
+    return float(value)
 
 
 # --- distiller ------------------------------------------------------------------------
@@ -401,37 +409,41 @@ def _check_alpha(alpha) -> float:
 class Distiller(keras.Model):
     """Train a student on hard labels and on a teacher's soft labels.
 
-    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss``
+    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss`` (+ the student's
+    regularisers, if it has any, with weight one)
 
     compile, fit, evaluate and predict work as in Keras. ``fit(images, labels)`` asks the
     teacher live; ``fit((images, teacher_logits), labels)`` uses answers computed before.
     The teacher runs with ``training=False``, outside the gradient tape; none of its
-    weights belong to this model. ``save`` saves the student alone. A ``sample_weight``
-    weighs the student_loss only: 0 marks an image without a label.
+    weights belong to this model. ``save`` saves the student alone, and the student alone is
+    evaluated without a teacher: ``student.compile(...)``, ``student.evaluate(...)``.
+    A ``sample_weight`` weighs the student_loss only: 0 marks an image without a label (its
+    label may be any valid class number).
 
     Args:
-        student, teacher: Keras models with the same inputs, logits (batch, classes) out.
+        student, teacher: built Keras models with one and the same input, logits (batch,
+            classes) out.
         temperature: T > 0, softens both sides of the distillation_loss.
         alpha: weight of the hard-label loss, in [0, 1].
 
     Raises:
-        TypeError, ValueError: a bad temperature or alpha, a model that ends in a softmax,
-            or models with different numbers of classes. A student larger than its teacher
-            is warned about.
+        TypeError, ValueError: a bad temperature or alpha, a model that visibly ends in a
+            softmax or sigmoid, or models with different numbers of classes. A student
+            larger than its teacher is warned about.
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
 
     def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1):
         super().__init__(name="distiller")
-        self.temperature = _check_temperature(temperature)
-        self.alpha = _check_alpha(alpha)
-        for role, model in (("teacher", teacher), ("student", student)):
-            _check_gives_logits(role, model)
-        if teacher.output_shape != student.output_shape:
+        self._temperature = _check_temperature(temperature)
+        self._alpha = _check_alpha(alpha)
+        taught = _check_gives_logits("teacher", teacher)
+        learned = _check_gives_logits("student", student)
+        if _differ(taught, learned):
             raise ValueError(
-                f"teacher gives logits of shape {teacher.output_shape}, student "
-                f"{student.output_shape}: both need the same classes."
+                f"teacher gives {taught} logits, student {learned}: both need the same classes, "
+                "in the same order."
             )
         if student.count_params() > teacher.count_params():
             warnings.warn(
@@ -441,19 +453,32 @@ class Distiller(keras.Model):
         self.student = student
         # In a closure Keras does not find the teacher's weights: they are not trained, not
         # counted, and not saved with the student.
-        self._ask_teacher = lambda x: ops.stop_gradient(teacher(x, training=False))
+        self._ask_teacher = lambda images: ops.stop_gradient(teacher(images, training=False))
         self._student_loss = keras.metrics.Mean(name="student_loss")
         self._distillation_loss = keras.metrics.Mean(name="distillation_loss")
 
-    def compile(self, optimizer="rmsprop", loss=None, metrics=("accuracy",), **kwargs):
+    # Read only: the first training step builds them into its graph.
+    temperature = property(lambda self: self._temperature)
+    alpha = property(lambda self: self._alpha)
+
+    def compile(self, optimizer="rmsprop", loss=None, *, metrics=("accuracy",), **kwargs):
         """As Keras's; the loss is the student_loss, by default cross-entropy from logits."""
-        if loss is None:
-            loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        super().compile(optimizer=optimizer, loss=loss, metrics=list(metrics), **kwargs)
+        loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
+        if isinstance(loss, str) or config.get("from_logits") is False:
+            raise ValueError(
+                f"loss is {loss!r}, which takes its input for probabilities, but the student "
+                "gives logits: pass a keras.losses object with from_logits=True."
+            )
+        metrics = list(metrics) if isinstance(metrics, tuple) else metrics
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
     def call(self, inputs, training=None):
         images = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
         return self.student(images, training=training)
+
+    # The teacher answers before Keras opens its gradient tape, so that none of its
+    # activations are kept for a backward pass that never comes.
 
     def train_step(self, data):
         return super().train_step(self._with_teacher(data))
@@ -464,42 +489,65 @@ class Distiller(keras.Model):
     def _with_teacher(self, data):
         """Add the teacher's logits, unless they came with the batch."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        if y is None or (len(y.shape) > 1 and y.shape[-1] != 1):
-            got = None if y is None else tuple(y.shape)
+        sparse = isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy)
+        if y is None or (sparse and len(y.shape) > 1 and y.shape[-1] != 1):
             raise ValueError(
-                f"labels are {got}: give class numbers of shape (batch,), not one-hot rows; "
-                "np.argmax(labels, axis=-1) turns one into the other."
+                f"labels are {None if y is None else tuple(y.shape)}: give class numbers of "
+                "shape (batch,), not one-hot rows; np.argmax(labels, axis=-1) turns one into "
+                "the other."
             )
-        if not isinstance(x, (tuple, list)):
-            x = (x, self._ask_teacher(x))
-        return x, y, sample_weight
+        return self._pair(x), y, sample_weight
+
+    def _pair(self, x):
+        return x if isinstance(x, (tuple, list)) else (x, self._ask_teacher(x))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        student_loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        regularisers = sum(self.losses)
+        student_loss = super().compute_loss(x, y, y_pred, sample_weight, training) - regularisers
         distilled = distillation_loss(
-            teacher_logits=x[1], student_logits=y_pred, temperature=self.temperature
+            teacher_logits=self._pair(x)[1], student_logits=y_pred, temperature=self.temperature
         )
-        self._student_loss.update_state(student_loss)
-        self._distillation_loss.update_state(distilled)
-        return self.alpha * student_loss + (1 - self.alpha) * distilled
+        batch = ops.shape(y_pred)[0]  # the last batch may be smaller, and counts for less
+        self._student_loss.update_state(student_loss, sample_weight=batch)
+        self._distillation_loss.update_state(distilled, sample_weight=batch)
+        return self.alpha * student_loss + (1 - self.alpha) * distilled + regularisers
 
     def save(self, filepath, **kwargs):
         """Save the student alone, as ``student.save`` would: that is what one ships."""
         self.student.save(filepath, **kwargs)
 
 
-def _check_gives_logits(role: str, model) -> None:
-    if not isinstance(model, keras.Model):
+def _check_gives_logits(role: str, model) -> int | None:
+    """The number of classes, where the model knows it (a subclassed one does not)."""
+    if not isinstance(model, keras.Model) or not model.built:
         raise TypeError(f"{role} is a {type(model).__name__}: give a built Keras model.")
-    last = model.layers[-1]
-    if isinstance(last, layers.Softmax) or (
-        getattr(last, "activation", None) is keras.activations.softmax
+    shape = getattr(model, "output_shape", None)
+    if shape is not None and (len(shape) != 2 or shape[-1] is None or shape[-1] < 2):
+        raise ValueError(
+            f"{role} gives outputs of shape {shape}: distillation needs logits of shape "
+            "(batch, classes), with two classes or more."
+        )
+    last = _last_operation(model)
+    if type(last).__name__ in ("Softmax", "Sigmoid") or getattr(last, "activation", None) in (
+        keras.activations.softmax, keras.activations.sigmoid
     ):
         raise ValueError(
-            f"{role} ends in a softmax (layer {last.name!r}): distillation needs logits. "
-            "Build its last layer with activation=None, or cut the softmax off: "
+            f"{role} ends in a softmax or sigmoid ({last.name!r}): distillation needs logits. "
+            "Build its last layer with activation=None, or cut it off: "
             "keras.Model(model.inputs, model.layers[-2].output)."
         )
+    return shape and shape[-1]
+
+
+def _last_operation(operation):
+    """What computes the output, seen through nested models and idle activations."""
+    if isinstance(operation, keras.Model) and getattr(operation, "outputs", None):
+        return _last_operation(operation.outputs[0]._keras_history.operation)
+    if getattr(operation, "activation", None) is keras.activations.linear and (
+        isinstance(operation, layers.Activation)
+    ):
+        return _last_operation(operation.input._keras_history.operation)
+    return operation
 
 
 # --- training -------------------------------------------------------------------------
@@ -514,11 +562,11 @@ class Recipe:
 
     epochs: int
     batch_size: int = 125  # divides 45,000: no image is left out of an epoch
-    optimizer: str = "sgd"  # "sgd": Nesterov, warm-up, cosine decay; "adam": constant rate
-    learning_rate: float = 0.2  # the peak of the schedule
-    warmup: float = 0.2  # part of all steps that the rate takes to climb to its peak
+    optimizer: str = "muon"  # or "sgd" (Nesterov): warm-up, cosine decay; "adam": constant rate
+    learning_rate: float = 0.02  # the peak of the schedule
+    warmup: float = 0.1  # part of all steps that the rate takes to climb to its peak
     momentum: float = 0.9
-    weight_decay: float = 5e-3  # decoupled, on kernels only
+    weight_decay: float = 0.1  # decoupled, times the rate, on kernels only
     views: int = 20  # different views of each image; epoch e shows view e modulo views
     shift: int = 4  # pixels
     flip: bool = True
@@ -527,10 +575,8 @@ class Recipe:
 RECIPES = {
     ("cifar10", "teacher"): Recipe(epochs=20),
     ("cifar10", "student"): Recipe(epochs=20),
-    ("digits", "teacher"): Recipe(
-        epochs=30, batch_size=50, learning_rate=0.1, views=30, flip=False
-    ),
-    ("digits", "student"): Recipe(epochs=12, batch_size=50, learning_rate=0.015, flip=False),
+    ("digits", "teacher"): Recipe(epochs=20, batch_size=50, flip=False),
+    ("digits", "student"): Recipe(epochs=10, batch_size=50, flip=False),
 }
 
 
@@ -545,7 +591,7 @@ class Run:
 
 def recipe_for(dataset: Dataset, method: str) -> Recipe:
     """The published recipe of a dataset for ``"teacher"`` or any student method."""
-    role = "teacher" if method == "teacher" else "student"
+    role = "teacher" if method.startswith("teacher") else "student"
     return RECIPES.get((dataset.name, role), RECIPES["cifar10", role])
 
 
@@ -557,49 +603,69 @@ def train_or_load(
 
     A finished run is loaded from ``$KD_RUNS_DIR`` (default ``runs``), or from ``reference``
     where it is a published one. A run that was cut off goes on after its last whole epoch
-    and ends with the same weights, bit for bit. ``KD_RETRAIN=1`` ignores ``reference``;
-    delete ``runs`` to begin from nothing.
+    and ends with the same weights, bit for bit on one machine. ``KD_RETRAIN=1`` ignores
+    ``reference``; delete ``runs`` to begin from nothing. Sets the global random seed.
 
     Args:
-        method: ``"teacher"``, ``"scratch"`` or ``"distilled"``; any other name is trained
-            on hard labels, or distilled when it begins with ``"distilled"``.
-        build: function without arguments that returns a Keras model with logits out;
-            by default build_teacher or build_student.
-        teacher: needed by a distilled run; a scratch run uses it only to measure agreement.
+        method: ``"teacher"``, ``"scratch"`` or ``"distilled"``, perhaps with a label of
+            your own behind a dash: ``"distilled-adam"``.
+        build: function without arguments that returns a Keras model with logits out, new
+            or loaded from a file to be trained further; by default build_teacher or
+            build_student.
+        teacher: needed by a distilled run; the others use it only to measure agreement.
         temperature, alpha: see Distiller; only a distilled run uses them.
         recipe: by default ``recipe_for(dataset, method)``.
         seed: decides first weights, order of batches and Dropout.
 
     Raises:
-        ValueError: a distilled run without a teacher.
+        ValueError: an unknown method, a distilled run without a teacher, a bad recipe.
         RuntimeError: the run is under way in another process, or was begun with other
-            versions of Keras or TensorFlow.
+            versions of the libraries.
     """
-    distilled = method.startswith("distilled")
+    kind = method.partition("-")[0]
+    if kind not in ("teacher", "scratch", "distilled"):
+        raise ValueError(
+            f"method is {method!r}: begin it with 'teacher', 'scratch' or 'distilled'; a label "
+            "of your own may follow after a dash, as in 'distilled-adam'."
+        )
+    distilled = kind == "distilled"
     if distilled and teacher is None:
         raise ValueError(f"teacher is None, but method is {method!r}: pass a trained teacher.")
     recipe = recipe or recipe_for(dataset, method)
-    keras.utils.set_random_seed(seed)
-    model = (build or (build_teacher if method == "teacher" else build_student))()
-    _check_gives_logits("teacher" if method == "teacher" else "student", model)
+    if not 0 < recipe.batch_size <= len(dataset.y_train):
+        raise ValueError(
+            f"recipe.batch_size is {recipe.batch_size}: choose 1 to {len(dataset.y_train)}, "
+            "the number of training images."
+        )
+    own = build is None
+    build = build or (build_teacher if kind == "teacher" else build_student)
+
+    def first_weights():
+        keras.utils.set_random_seed(seed)
+        return build()
+
+    model = first_weights()
+    _check_gives_logits("teacher" if kind == "teacher" else "student", model)
     spec = {
-        "dataset": dataset.name, "data": dataset.digest, "method": method, "seed": seed,
-        "architecture": _architecture_digest(model), **asdict(recipe),
+        "kdlib": __version__, "dataset": dataset.name, "data": dataset.digest, "method": method,
+        "seed": seed, "architecture": _architecture_digest(model), **asdict(recipe),
+        "begins_with": None if own else _digest(*model.get_weights()),
         "temperature": _check_temperature(temperature) if distilled else None,
         "alpha": _check_alpha(alpha) if distilled else None,
-        "teacher": _digest(*teacher.get_weights()) if distilled else None,
+        "teacher": _model_digest(teacher) if distilled else None,
     }
     name = f"{dataset.name}-{method}-seed{seed}"
     folder = runs_folder() / f"{name}-{_digest(_json(spec))[:10]}"
-    done = _load_run(folder / "model", spec)
-    if done is None and os.environ.get("KD_RETRAIN", "0") in ("", "0"):
-        done = _load_run(REFERENCE / name, spec)
-    if done is not None:
-        return done
+    published = () if _retrain() else (REFERENCE / name,)
+    for stem in (folder / "model", *published):
+        if (run := _load_run(stem, spec, dataset, teacher)) is not None:
+            return run
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock")
     try:
-        with lock.acquire(timeout=0):
+        with filelock.FileLock(folder / "lock").acquire(timeout=0):
+            if (run := _load_run(folder / "model", spec, dataset, teacher)) is not None:
+                return run  # another process has just finished it
+            model = first_weights()  # looking for the run may have drawn random numbers
             history = _train(model, dataset, teacher if distilled else None, recipe, spec, folder)
             return _finish(model, history, dataset, teacher, spec, folder)
     except filelock.Timeout:
@@ -613,33 +679,45 @@ def runs_folder() -> Path:
     return ROOT / (os.environ.get("KD_RUNS_DIR") or "runs")
 
 
+def _retrain() -> bool:
+    value = os.environ.get("KD_RETRAIN") or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"KD_RETRAIN is {value!r}: 1 trains anew, 0 or nothing loads reference.")
+    return value == "1"
+
+
 def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[float]]:
     """Fit ``model`` from where ``folder`` says it stopped; returns the whole history."""
     validation = (dataset.x_val, dataset.y_val)
-    logits, trainer = None, model
+    fast = _with_fused_norm(model)
+    logits, trainer = None, fast
     if teacher is not None:
-        trainer = Distiller(student=model, teacher=teacher,
+        trainer = Distiller(student=fast, teacher=teacher,
                             temperature=spec["temperature"], alpha=spec["alpha"])
         logits = teacher_logits(teacher, dataset, recipe)
         validation = ((dataset.x_val, predict_logits(teacher, dataset.x_val)), dataset.y_val)
     steps = len(dataset.y_train) // recipe.batch_size
     trainer.compile(
-        optimizer=_optimizer(recipe, steps),
+        optimizer=_optimizer(recipe, steps, last_layer=_last_operation(model).name),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
-        steps_per_execution=math.gcd(steps, 8),
+        steps_per_execution=max(k for k in range(1, 25) if steps % k == 0),
         jit_compile=False,  # slower on the CPU
     )
-    keeper = _StateKeeper(folder, spec, recipe.epochs)
+    keeper = _StateKeeper(folder, spec, recipe.epochs, steps)
     keeper.restore(trainer)
     if keeper.epoch < recipe.epochs:
-        trainer.fit(
-            batches(dataset, recipe, seed=spec["seed"], first_epoch=keeper.epoch,
-                    teacher_logits=logits),
-            steps_per_epoch=steps, initial_epoch=keeper.epoch, epochs=recipe.epochs,
-            validation_data=validation, validation_batch_size=500, shuffle=False, verbose=0,
-            callbacks=[keeper],
-        )
+        try:
+            trainer.fit(
+                batches(dataset, recipe, seed=spec["seed"], first_epoch=keeper.epoch,
+                        teacher_logits=logits),
+                steps_per_epoch=steps, initial_epoch=keeper.epoch, epochs=recipe.epochs,
+                validation_data=validation, validation_batch_size=500, shuffle=False, verbose=0,
+                callbacks=[keeper],
+            )
+        finally:
+            keeper.bar.close()
+    model.set_weights(fast.get_weights())
     return keeper.history
 
 
@@ -662,14 +740,14 @@ def batches(dataset, recipe, *, seed, first_epoch=0, teacher_logits=None) -> tf.
                     images = (images, teacher_logits[view, index])
                 yield images, dataset.y_train[index]
 
-    images = tf.TensorSpec((size, 32, 32, 3), tf.uint8)
+    images = tf.TensorSpec((size, *dataset.x_train.shape[1:]), tf.uint8)
     if teacher_logits is not None:
         images = (images, tf.TensorSpec((size, teacher_logits.shape[-1]), tf.float32))
     signature = (images, tf.TensorSpec((size,), tf.int32))
-    return tf.data.Dataset.from_generator(produce, output_signature=signature).prefetch(16)
+    return tf.data.Dataset.from_generator(produce, output_signature=signature).prefetch(24)
 
 
-def _optimizer(recipe: Recipe, steps: int) -> keras.optimizers.Optimizer:
+def _optimizer(recipe: Recipe, steps: int, *, last_layer: str) -> keras.optimizers.Optimizer:
     if recipe.optimizer == "adam":
         return keras.optimizers.Adam(recipe.learning_rate)
     warmup = int(recipe.warmup * recipe.epochs * steps)
@@ -677,32 +755,102 @@ def _optimizer(recipe: Recipe, steps: int) -> keras.optimizers.Optimizer:
         0.0, recipe.epochs * steps - warmup,
         warmup_target=recipe.learning_rate, warmup_steps=warmup,
     )
-    optimizer = keras.optimizers.SGD(
-        schedule, momentum=recipe.momentum, nesterov=True, weight_decay=recipe.weight_decay
-    )
+    common = dict(learning_rate=schedule, momentum=recipe.momentum, nesterov=True,
+                  weight_decay=recipe.weight_decay)
+    if recipe.optimizer == "muon":
+        optimizer = Muon(**common, adam_weight_decay=recipe.weight_decay, adam_lr_ratio=0.5,
+                         exclude_layers=[last_layer])
+    elif recipe.optimizer == "sgd":
+        optimizer = keras.optimizers.SGD(**common)
+    else:
+        raise ValueError(
+            f"recipe.optimizer is {recipe.optimizer!r}: choose 'muon', 'sgd' or 'adam'."
+        )
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
+
+
+class Muon(keras.optimizers.Muon):
+    """Keras's Muon, for convolutions too: a kernel is a matrix (inputs, outputs).
+
+    Momentum whose matrix is made orthogonal before each step, so that every direction of a
+    kernel learns at the same pace; vectors and the excluded layers are left to AdamW. A step
+    does not depend on the size of the loss, so T and alpha do not change the pace.
+
+    Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the size of a step: Liu
+    et al. 2025, section 2.2.
+    """
+
+    def _should_use_adamw(self, variable):
+        excluded = any(name in variable.path for name in self.exclude_layers)
+        return len(variable.shape) < 2 or excluded
+
+    def zeropower_via_newtonschulz5(self, x, steps):
+        return _as_matrix(x, lambda m: super(Muon, self).zeropower_via_newtonschulz5(m, steps))
+
+    def lr_adjust(self, x):
+        return _as_matrix(x, super().lr_adjust)
+
+
+def _as_matrix(kernel, function):
+    return ops.reshape(function(ops.reshape(kernel, (-1, kernel.shape[-1]))), kernel.shape)
+
+
+def _with_fused_norm(model):
+    """A twin with the same weights whose BatchNorm trains on TensorFlow's one-pass kernel."""
+
+    def twin(layer):
+        kind = type(layer)
+        if kind is layers.BatchNormalization and layer.center and layer.scale and (
+            layer.axis in (-1, 3) and layer.compute_dtype == "float32" and not layer.synchronized
+        ):
+            kind = _FusedBatchNormalization
+        return kind.from_config(layer.get_config())
+
+    try:
+        fast = keras.models.clone_model(model, clone_function=twin, recursive=True)
+    except ValueError:  # a subclassed model: only its author could build a twin
+        return model
+    fast.set_weights(model.get_weights())
+    return fast
+
+
+class _FusedBatchNormalization(layers.BatchNormalization):
+    """The same numbers as Keras's layer, which passes three times over the images."""
+
+    def call(self, inputs, training=None, mask=None):
+        if not (training and self.trainable and mask is None and len(inputs.shape) == 4):
+            return super().call(inputs, training=training, mask=mask)
+        outputs, mean, variance = tf.compat.v1.nn.fused_batch_norm(
+            inputs, self.gamma, self.beta, epsilon=self.epsilon
+        )[:3]
+        count = tf.cast(tf.size(inputs) // inputs.shape[-1], tf.float32)
+        variance *= (count - 1) / count  # the kernel divides by count - 1, Keras by count
+        for moving, batch in ((self.moving_mean, mean), (self.moving_variance, variance)):
+            moving.assign(moving * self.momentum + batch * (1 - self.momentum))
+        return outputs
 
 
 def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
     """The teacher's logits for every view: float32 (views, images, classes).
 
     Computed once and kept in the runs folder, a file a view, under a name made from the
-    teacher's weights, the data and the recipe of the views. Source: a patient teacher sees
-    what the student sees (Beyer et al. 2022); stored answers: Shen and Xing 2022.
+    teacher, the data and the recipe of the views. Source: a patient teacher sees what the
+    student sees (Beyer et al. 2022); stored answers: Shen and Xing 2022.
     """
     views = min(recipe.views, recipe.epochs)
     codes = view_codes(images=len(dataset.y_train), views=views, shift=recipe.shift,
                        flip=recipe.flip)
-    recipe_of_views = _json({"data": dataset.digest, "shift": recipe.shift, "flip": recipe.flip})
-    folder = runs_folder() / f"logits-{_digest(recipe_of_views, *teacher.get_weights())[:16]}"
+    key = {"kdlib": __version__, "data": dataset.digest, "teacher": _model_digest(teacher),
+           "shift": recipe.shift, "flip": recipe.flip}
+    folder = runs_folder() / f"logits-{_digest(_json(key))[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     answers = []
     for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False):
         path = folder / f"view{v:02d}.npy"
         if not path.exists():
             answer = predict_logits(teacher, augment(dataset.x_train, codes[v]))
-            _write_aside(path, lambda file, answer=answer: np.save(file, answer))
+            _write_whole(path, lambda aside, answer=answer: np.save(aside, answer))
         answers.append(np.load(path, allow_pickle=False))
     return np.stack(answers)
 
@@ -715,73 +863,75 @@ def predict_logits(model, images: np.ndarray) -> np.ndarray:
 class _StateKeeper(keras.callbacks.Callback):
     """Keeps the state of a training after each epoch, and shows its progress.
 
-    Keras's BackupAndRestore leaves out the state of Dropout's random numbers and loses its
-    only copy when it is killed while writing; here the last two states are kept.
+    Keras's BackupAndRestore writes weights and epoch into two files, one after the other: a
+    kill between them repeats or skips an epoch. Here a state is one file with checksums, and
+    the last two are kept, in turn.
     """
 
-    def __init__(self, folder: Path, spec: dict, epochs: int):
+    def __init__(self, folder: Path, spec: dict, epochs: int, steps: int):
         super().__init__()
-        self.state, self.before = folder / "state.npz", folder / "state-before.npz"
-        self.meta = {"spec": spec, "versions": _versions()}
-        self.epochs, self.epoch, self.history = epochs, 0, {}
+        self.folder, self.epochs, self.steps = folder, epochs, steps
+        self.meta = {"spec": json.loads(_json(spec)), "versions": _versions()}
+        self.epoch, self.history, self.postfix = 0, {}, {}
 
     def restore(self, trainer) -> None:
         trainer.optimizer.build(trainer.trainable_variables)
-        for path in (self.state, self.before):
-            if not path.exists():
-                continue
-            try:
-                with np.load(path, allow_pickle=False) as file:
-                    meta = json.loads(str(file["meta"]))
-                    values = [file[f"v{k}"] for k in range(len(file.files) - 1)]
-            except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-                warnings.warn(f"{path.name} of {path.parent.name} is damaged ({e}): "
-                              "going on from the state before it.", stacklevel=2)
-                continue
-            self._adopt(trainer, meta, values, path.parent.name)
+        states = [state for path in sorted(self.folder.glob("state-?.npz"))
+                  if (state := self._read(path))]
+        if not states:
             return
-
-    def _adopt(self, trainer, meta, values, name) -> None:
+        meta, values = max(states, key=lambda state: state[0]["epoch"])
         for key, mine in self.meta.items():
-            if meta[key] != json.loads(_json(mine)):
+            if meta[key] != mine:
                 raise RuntimeError(
-                    f"the run {name} was begun with other {key} ({meta[key]}, now {mine}): "
-                    "delete its folder to begin anew, or go back to those."
+                    f"the run {self.folder.name} was begun with other {key} ({meta[key]}, now "
+                    f"{mine}): delete its folder to begin anew, or go back to those."
                 )
         for variable, value in zip(_state_of(trainer), values, strict=True):
             variable.assign(value)
         self.epoch, self.history = meta["epoch"], meta["history"]
 
+    def _read(self, path: Path):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return (json.loads(str(file["meta"])),
+                        [file[f"v{k}"] for k in range(len(file.files) - 1)])
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            warnings.warn(
+                f"{path.name} of {self.folder.name} is damaged ({error}): going on from the "
+                "state before it.", stacklevel=2,
+            )
+
     def on_train_begin(self, logs=None):
-        self.bar = tqdm(total=self.epochs, initial=self.epoch, unit="epoch",
-                        desc=self.meta["spec"]["method"])
+        self.bar = tqdm(total=self.epochs * self.steps, initial=self.epoch * self.steps,
+                        unit="step", desc=self.meta["spec"]["method"])
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.perf_counter()
 
+    def on_train_batch_end(self, batch, logs=None):
+        self.postfix["loss"] = f"{logs['loss']:.3f}"
+        self.bar.set_postfix({"epoch": f"{self.epoch + 1}/{self.epochs}", **self.postfix},
+                             refresh=False)
+        self.bar.update(self.epoch * self.steps + batch + 1 - self.bar.n)
+
     def on_epoch_end(self, epoch, logs=None):
         logs = dict(logs, seconds=time.perf_counter() - self.started)
         for key, value in logs.items():
-            self.history.setdefault(key, []).append(float(value))
+            self.history.setdefault(key, []).append(round(float(value), 5))
         self.epoch = epoch + 1
+        self.postfix["val_accuracy"] = f"{logs['val_accuracy']:.3f}"
         self._save()
-        self.bar.set_postfix(loss=f"{logs['loss']:.3f}", val_accuracy=f"{logs['val_accuracy']:.3f}")
-        self.bar.update()
-
-    def on_train_end(self, logs=None):
-        self.bar.close()
 
     def _save(self) -> None:
         meta = _json({**self.meta, "epoch": self.epoch, "history": self.history})
         values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
-        aside = self.state.with_suffix(".part")
-        _write_aside(aside, lambda file: np.savez(file, meta=np.array(meta), **values))
-        if self.state.exists():
-            os.replace(self.state, self.before)
-        os.replace(aside, self.state)
+        _write_whole(self.folder / f"state-{self.epoch % 2}.npz",
+                     lambda aside: np.savez(aside, meta=np.array(meta), **values))
 
 
 def _state_of(trainer) -> list:
+    """All that training changes: weights, statistics, Dropout's seeds, the optimizer."""
     return [*trainer.variables, *trainer.optimizer.variables]
 
 
@@ -789,7 +939,7 @@ def _finish(model, history, dataset, teacher, spec, folder) -> Run:
     """Measure a trained model, write it down, and only then drop the way back."""
     row = {
         **{key: spec[key] for key in RESULT_COLUMNS if key in spec},
-        "model": model.name,
+        "model": "teacher" if spec["method"].startswith("teacher") else "student",
         "parameters": model.count_params(),
         **measure(model, dataset, teacher),
         "seconds": round(sum(history["seconds"])),
@@ -797,34 +947,36 @@ def _finish(model, history, dataset, teacher, spec, folder) -> Run:
         "versions": _versions(),
     }
     row = {key: row[key] for key in RESULT_COLUMNS}
-    _write_aside(folder / "model.keras", lambda file: _save_model(model, file))
-    text = _json({"spec": spec, "row": row, "history": history})
-    _write_aside(folder / "model.json", lambda file: file.write(text.encode()))
-    for name in ("state.npz", "state-before.npz"):
-        (folder / name).unlink(missing_ok=True)
+    _write_whole(folder / "model.keras", model.save)
+    judge = None if teacher is None else _model_digest(teacher)
+    text = _json({"spec": spec, "row": row, "history": history, "judge": judge,
+                  "weights": _digest(*model.get_weights())})
+    _write_whole(folder / "model.json", lambda aside: aside.write_text(text))
+    for leftover in (*folder.glob("state-?.npz"), *folder.glob("aside-*")):
+        leftover.unlink()
     return Run(model, history, row)
 
 
-def _save_model(model, file) -> None:
-    """Save without the optimizer, which would triple the file."""
-    plain = keras.models.clone_model(model)
-    plain.set_weights(model.get_weights())
-    path = Path(file.name).with_suffix(".keras")
-    plain.save(path)
-    file.write(path.read_bytes())
-    path.unlink()
-
-
-def _load_run(stem: Path, spec: dict) -> Run | None:
+def _load_run(stem: Path, spec: dict, dataset, teacher) -> Run | None:
     """The finished run at ``stem``.keras and .json, if it is the one that ``spec`` describes."""
-    notes = stem.parent / f"{stem.name}.json"
-    if not notes.exists():
+    notes, weights = (stem.parent / f"{stem.name}.{kind}" for kind in ("json", "keras"))
+    if not (notes.exists() and weights.exists()):
         return None
-    found = json.loads(notes.read_text())
-    if found["spec"] != json.loads(_json(spec)):
+    try:
+        found = json.loads(notes.read_text())
+        if found["spec"] != json.loads(_json(spec)):
+            return None
+        model = keras.saving.load_model(weights, compile=False)
+        if _digest(*model.get_weights()) != found["weights"]:
+            raise ValueError("its weights are not those of its notes")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        warnings.warn(f"{stem.name} in {stem.parent.name} is damaged ({error}): it is not used.",
+                      stacklevel=3)
         return None
-    model = keras.saving.load_model(stem.parent / f"{stem.name}.keras", compile=False)
-    return Run(model, found["history"], {key: found["row"][key] for key in RESULT_COLUMNS})
+    row = {key: found["row"][key] for key in RESULT_COLUMNS}
+    if teacher is not None and found["judge"] != _model_digest(teacher):
+        row["agreement"] = measure(model, dataset, teacher)["agreement"]
+    return Run(model, found["history"], row)
 
 
 def publish(run: Run) -> None:
@@ -835,15 +987,13 @@ def publish(run: Run) -> None:
     name = f"{row['dataset']}-{row['method']}-seed{row['seed']}"
     (folder,) = [p.parent for p in runs_folder().glob(f"{name}-*/model.json")
                  if json.loads(p.read_text())["row"] == row]
+    (REFERENCE / f"{name}.json").unlink(missing_ok=True)  # never new weights beside old notes
     for kind in ("keras", "json"):
         data = (folder / f"model.{kind}").read_bytes()
-        _write_aside(REFERENCE / f"{name}.{kind}", lambda file, data=data: file.write(data))
-    table = REFERENCE / "results.csv"
-    old = pd.read_csv(table).to_dict("records") if table.exists() else []
-    key = ("dataset", "method", "seed")
-    rows = [r for r in old if any(r[k] != row[k] for k in key)] + [row]
-    frame = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(list(key))
-    _write_aside(table, lambda file: frame.to_csv(file, index=False))
+        _write_whole(REFERENCE / f"{name}.{kind}", lambda aside, data=data: aside.write_bytes(data))
+    rows = [json.loads(path.read_text())["row"] for path in REFERENCE.glob("*.json")]
+    table = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(["dataset", "method", "seed"])
+    _write_whole(REFERENCE / "results.csv", lambda aside: table.to_csv(aside, index=False))
 
 
 RESULT_COLUMNS = (
@@ -859,15 +1009,16 @@ def measure(model, dataset: Dataset, teacher=None) -> dict[str, float]:
     guess = logits.argmax(-1)
     agreement = None
     if teacher is not None:
-        agreement = float(np.mean(guess == predict_logits(teacher, dataset.x_test).argmax(-1)))
-    val = predict_logits(model, dataset.x_val).argmax(-1)
-    return {
-        "val_accuracy": round(float(np.mean(val == dataset.y_val)), 4),
-        "test_accuracy": round(float(np.mean(guess == dataset.y_test)), 4),
-        "nll": round(float(-log_p[np.arange(len(guess)), dataset.y_test].mean()), 4),
-        "ece": round(expected_calibration_error(np.exp(log_p), dataset.y_test), 4),
-        "agreement": None if agreement is None else round(agreement, 4),
+        agreement = np.mean(guess == predict_logits(teacher, dataset.x_test).argmax(-1))
+    figures = {
+        "val_accuracy": np.mean(predict_logits(model, dataset.x_val).argmax(-1) == dataset.y_val),
+        "test_accuracy": np.mean(guess == dataset.y_test),
+        "nll": -log_p[np.arange(len(guess)), dataset.y_test].mean(),
+        "ece": expected_calibration_error(np.exp(log_p), dataset.y_test),
+        "agreement": agreement,
     }
+    return {key: value if value is None else round(float(value), 4)
+            for key, value in figures.items()}
 
 
 def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
@@ -881,14 +1032,16 @@ def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def _write_aside(path: Path, write) -> None:
-    """Write a file so that a kill or a full disk leaves the old one whole."""
-    aside = path.with_name(path.name + ".aside")
-    with open(aside, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def _write_whole(path: Path, write) -> None:
+    """Write a file aside, flush it, rename it: a kill or a full disk leaves the old one."""
+    aside = path.with_name(f"aside-{os.getpid()}-{path.name}")
+    try:
+        write(aside)
+        with open(aside, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _json(value) -> str:
@@ -906,18 +1059,35 @@ def _digest(*parts) -> str:
     return digest.hexdigest()
 
 
+def _model_digest(model) -> str:
+    return _digest(_architecture_digest(model), *model.get_weights())
+
+
 def _architecture_digest(model) -> str:
-    """Layers and their settings, without the names that Keras counts up."""
-    parts = [
-        (type(layer).__name__, [tuple(w.shape) for w in layer.weights],
-         {k: v for k, v in layer.get_config().items() if k not in ("name", "layers", "seed")})
-        for layer in model.layers
-    ]
-    return _digest(_json(parts))
+    """Layers, settings and wiring, without the names that Keras counts up."""
+    try:
+        config = json.loads(_json(model.get_config()))
+    except NotImplementedError:  # a subclassed model: what can be seen of it
+        return _digest(type(model).__qualname__, *(w.shape for w in model.weights))
+    text = _json(config)
+    for k, name in enumerate(dict.fromkeys(_names(config))):
+        text = text.replace(f'"{name}"', f'"layer {k}"')
+    return _digest(text)
+
+
+def _names(config):
+    """The names of layers in a configuration, nested ones too; a dtype has a name alone."""
+    if isinstance(config, dict):
+        if isinstance(config.get("name"), str) and len(config) > 1:
+            yield config["name"]
+        config = list(config.values())
+    for value in config if isinstance(config, list) else ():
+        yield from _names(value)
 
 
 def _versions() -> str:
-    return f"tensorflow {tf.__version__}, keras {keras.__version__}, numpy {np.__version__}"
+    return (f"kdlib {__version__}, tensorflow {tf.__version__}, keras {keras.__version__}, "
+            f"numpy {np.__version__}")
 
 
 def _machine() -> str:
@@ -1009,47 +1179,3 @@ def plot_soft_labels(image, logits, label: int, class_names, temperatures, *, ax
         ax.set_xticklabels(class_names if names else [], rotation=90, fontsize=7)
         ax.tick_params(axis="y", labelsize=7)
         sns.despine(ax=ax)
-
-
-def plot_architecture():
-    """Distillation in one picture: two models, two losses, one of them trained."""
-    fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    ax.set(xlim=(0, 100), ylim=(0, 44))
-    ax.axis("off")
-
-    def box(x, y, width, text, colour, dash="-"):
-        ax.text(x + width / 2, y + 4, text, ha="center", va="center", fontsize=10)
-        ax.add_patch(plt.Rectangle((x, y), width, 8, fill=False, ec=colour, lw=2, ls=dash))
-
-    def arrow(*points, colour="0.3", dash="-"):
-        *path, end = points
-        for a, b in zip(path, path[1:], strict=False):
-            ax.plot(*zip(a, b, strict=True), color=colour, ls=dash, lw=1.5)
-        ax.annotate("", end, path[-1], arrowprops=dict(
-            arrowstyle="-|>", color=colour, ls=dash, lw=1.5, shrinkA=0, shrinkB=0))
-
-    blue, red, black = (COLOURS[k] for k in ("teacher", "distilled", "hard labels"))
-    box(0, 18, 12, "images\n(one view)", "0.3")
-    box(20, 32, 16, "teacher\nfrozen", blue, "--")
-    box(20, 18, 16, "student\ntrained", red)
-    box(20, 2, 16, "hard labels", black)
-    box(43, 32, 17, "softmax(logits / T)\nsoft labels", blue)
-    box(43, 18, 17, "softmax(logits / T)", red)
-    box(66, 25, 15, "distillation_loss\nT² · KL", "0.3")
-    box(66, 2, 15, "student_loss\ncross-entropy", "0.3")
-    box(86, 14, 14, "loss", "0.3")
-    arrow((12, 24), (16, 24), (16, 36), (20, 36))
-    arrow((12, 22), (20, 22))
-    arrow((36, 36), (43, 36), colour=blue)
-    arrow((36, 22), (43, 22), colour=red)
-    arrow((60, 36), (73.5, 36), (73.5, 33), colour=blue)
-    arrow((60, 22), (73.5, 22), (73.5, 25), colour=red)
-    arrow((39, 22), (39, 8), (66, 8), colour=red)
-    arrow((36, 4), (66, 4), colour=black)
-    arrow((81, 29), (93, 29), (93, 22))
-    arrow((81, 6), (93, 6), (93, 14))
-    ax.text(83, 30.5, "× (1 − alpha)", fontsize=9)
-    ax.text(83, 7.5, "× alpha", fontsize=9)
-    ax.text(39.8, 12, "logits, T = 1", fontsize=9, color=red)
-    ax.set_title("The gradient of the loss goes back into the student, and nowhere else")
-    return fig

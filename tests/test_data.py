@@ -116,6 +116,15 @@ def test_pickled_objects_are_never_loaded(cifar):
     assert not Boom.opened
 
 
+def test_labels_as_a_column_are_welcome(cifar, monkeypatch):
+    """Keras's own copy of CIFAR-10 has labels of shape (N, 1)."""
+    path, arrays = cifar
+    split = kdlib._split
+    monkeypatch.setattr(kdlib, "_split", lambda *a, validation: split(*a, validation=60))
+    np.savez(path, **{**arrays, "y_train": arrays["y_train"][:, None]})
+    assert kdlib.load_dataset("cifar10").y_train.shape == (540,)
+
+
 def no_network(*args, **kwargs):
     raise OSError("no route to host")
 
@@ -126,6 +135,18 @@ def test_without_cifar10_digits_come_with_a_notice(tmp_path, monkeypatch, capsys
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", no_network)
     assert kdlib.load_dataset().name == "digits"
     assert "DIGITS" in capsys.readouterr().out
+
+
+def test_an_error_without_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("KD_DATASET", raising=False)
+
+    def silent():
+        raise TimeoutError
+
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", silent)
+    assert kdlib.load_dataset().name == "digits"
+    assert "TimeoutError" in capsys.readouterr().out
 
 
 def test_cifar10_asked_for_and_not_there(tmp_path, monkeypatch):

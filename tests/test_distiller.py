@@ -4,6 +4,7 @@ import kdlib  # isort: skip
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from keras import layers
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype("uint8")
@@ -120,10 +121,66 @@ def test_alpha_zero_ignores_labels():
         np.testing.assert_array_equal(a, b)
 
 
-def test_loss_is_the_weighted_sum_of_its_parts():
-    logs = distiller(alpha=0.3).evaluate(IMAGES, LABELS, return_dict=True, verbose=0)
+@pytest.mark.parametrize("batch_size", [32, 9])  # 9: the last batch is smaller
+def test_loss_is_the_weighted_sum_of_its_parts(batch_size):
+    made = distiller(alpha=0.3)
+    logs = made.evaluate(IMAGES, LABELS, batch_size=batch_size, return_dict=True, verbose=0)
     want = 0.3 * logs["student_loss"] + 0.7 * logs["distillation_loss"]
     assert logs["loss"] == pytest.approx(want, rel=1e-5)
+    whole = made.evaluate(IMAGES, LABELS, return_dict=True, verbose=0)
+    assert logs["distillation_loss"] == pytest.approx(whole["distillation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.1, 1.0])
+def test_regularisers_have_weight_one_whatever_alpha(alpha):
+    inputs = keras.Input((32, 32, 3))
+    x = layers.GlobalAveragePooling2D()(layers.Rescaling(1 / 255)(inputs))
+    student = keras.Model(inputs, layers.Dense(10, kernel_regularizer="l2")(x))
+    logs = distiller(student=student, alpha=alpha).evaluate(
+        IMAGES, LABELS, return_dict=True, verbose=0)
+    penalty = 0.01 * float(np.sum(np.square(student.layers[-1].kernel)))
+    want = alpha * logs["student_loss"] + (1 - alpha) * logs["distillation_loss"] + penalty
+    assert logs["loss"] == pytest.approx(want, rel=1e-5) and penalty > 0.01
+
+
+def test_an_image_without_a_label_counts_in_the_distillation_loss_only():
+    weights = np.array([1.0] * 16 + [0.0] * 16)
+    made = distiller(alpha=0.5)
+    whole = made.evaluate(IMAGES, LABELS, return_dict=True, verbose=0)
+    part = made.evaluate(IMAGES, LABELS, sample_weight=weights, return_dict=True, verbose=0)
+    alone = made.evaluate(IMAGES[:16], LABELS[:16], return_dict=True, verbose=0)
+    assert part["distillation_loss"] == pytest.approx(whole["distillation_loss"], rel=1e-5)
+    assert part["student_loss"] == pytest.approx(alone["student_loss"] / 2, rel=1e-4)
+
+
+def test_the_teacher_is_outside_the_tape():
+    """Else its activations would be kept for a backward pass that never comes."""
+    teacher = tiny(8)
+    made = distiller(teacher=teacher)
+    made.compile(keras.optimizers.SGD(0.1), run_eagerly=True)
+    watched = []
+
+    class Tape(tf.GradientTape):
+        def gradient(self, *args, **kwargs):
+            watched.extend(id(v) for v in self.watched_variables())
+            return super().gradient(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tf, "GradientTape", Tape)
+        made.fit(IMAGES, LABELS, verbose=0)
+    theirs = {id(v.value) for v in teacher.trainable_variables}
+    ours = {id(v.value) for v in made.student.trainable_variables}
+    assert ours <= set(watched) and not theirs & set(watched)
+
+
+def test_half_precision_students_learn_from_a_full_precision_teacher():
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        student = tiny(seed=1)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    logs = distiller(student=student).fit(IMAGES, LABELS, verbose=0).history
+    assert np.isfinite(logs["loss"]).all()
 
 
 def test_stored_answers_train_as_the_live_teacher_does():
@@ -181,9 +238,85 @@ def test_softmax_at_the_end(role):
         distiller(**{role: tiny(activation="softmax")})
 
 
+ENDINGS = {
+    "a softmax layer": lambda model: layers.Softmax()(model.output),
+    "an activation layer": lambda model: layers.Activation("softmax")(model.output),
+    "an operation": lambda model: keras.ops.softmax(model.output),
+    "a sigmoid": lambda model: layers.Activation("sigmoid")(model.output),
+    "a cast behind it": lambda model: layers.Activation("linear", dtype="float32")(
+        layers.Softmax()(model.output)),
+    "a model within the model": lambda model: keras.Sequential(
+        [keras.Input((10,)), layers.Softmax()])(model.output),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_softmax_in_disguise(ending):
+    model = tiny()
+    disguised = keras.Model(model.input, ENDINGS[ending](model))
+    with pytest.raises(ValueError, match="student ends in a softmax or sigmoid"):
+        distiller(student=disguised)
+
+
+def test_logits_behind_a_cast_are_welcome():
+    model = tiny(seed=1)
+    output = layers.Activation("linear", dtype="float32")(model.output)
+    distiller(student=keras.Model(model.input, output)).fit(IMAGES, LABELS, verbose=0)
+
+
+@pytest.mark.parametrize("loss", [
+    "sparse_categorical_crossentropy", keras.losses.SparseCategoricalCrossentropy()])
+def test_a_student_loss_that_expects_probabilities(loss):
+    with pytest.raises(ValueError, match="loss is .*from_logits=True"):
+        distiller().compile("sgd", loss)
+
+
+@pytest.mark.parametrize("metrics", [None, [], ("accuracy",), ["accuracy"]])
+def test_metrics_are_those_of_keras(metrics):
+    made = kdlib.Distiller(student=tiny(seed=1), teacher=tiny(8), temperature=4)
+    made.compile("sgd", metrics=metrics)
+    logs = made.evaluate(IMAGES, LABELS, return_dict=True, verbose=0)
+    assert ("accuracy" in logs) == bool(metrics)
+
+
+def test_temperature_and_alpha_cannot_change_unnoticed():
+    made = distiller(temperature=4, alpha=0.1)
+    assert (made.temperature, made.alpha) == (4, 0.1)
+    with pytest.raises(AttributeError):
+        made.alpha = 0.9
+
+
 def test_different_numbers_of_classes():
     with pytest.raises(ValueError, match="same classes"):
         distiller(student=tiny(classes=9))
+
+
+def test_one_logit_is_no_distribution():
+    with pytest.raises(ValueError, match="two classes or more"):
+        distiller(student=tiny(classes=1))
+
+
+class Subclassed(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.pool, self.dense = layers.GlobalAveragePooling2D(), layers.Dense(10)
+
+    def call(self, images):
+        return self.dense(self.pool(keras.ops.cast(images, "float32") / 255))
+
+
+def test_subclassed_models_are_taken_once_they_are_built():
+    teacher, student = tiny(8), Subclassed()
+    with pytest.raises(TypeError, match="student is a Subclassed: give a built"):
+        distiller(teacher=teacher, student=student)
+    student(IMAGES)
+    distiller(teacher=teacher, student=student).fit(IMAGES, LABELS, verbose=0)
+
+
+def test_one_hot_labels_are_welcome_where_the_loss_expects_them():
+    made = distiller()
+    made.compile("sgd", keras.losses.CategoricalCrossentropy(from_logits=True))
+    made.fit(IMAGES, np.eye(10)[LABELS], verbose=0)
 
 
 def test_something_that_is_no_model():

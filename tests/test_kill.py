@@ -1,0 +1,83 @@
+"""A training that is killed again and again ends with the weights of one that was not."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+TRAINING = """
+import sys
+from dataclasses import replace
+import kdlib
+import keras
+from test_distiller import tiny
+
+digits = kdlib.load_dataset("digits")
+data = replace(digits, **{f"{a}_{part}": getattr(digits, f"{a}_{part}")[:400]
+                          for a in "xy" for part in ("train", "val", "test")})
+recipe = kdlib.Recipe(epochs=12, batch_size=8, learning_rate=0.01, views=3, flip=False)
+print("ready", flush=True)
+run = kdlib.train_or_load("distilled", data, build=lambda: tiny(6, dropout=0.3, seed=1),
+                          teacher=tiny(8), recipe=recipe)
+run.model.save_weights(sys.argv[1])
+"""
+
+
+def start(runs, result):
+    environment = {
+        **os.environ, "KD_RUNS_DIR": str(runs), "KD_RETRAIN": "1", "KD_DATASET": "digits",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    process = subprocess.Popen([sys.executable, "-c", TRAINING, str(result)], env=environment,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "ready\n", process.stderr.read()
+    return process
+
+
+def weights(path):
+    import h5py
+
+    found = {}
+    with h5py.File(path) as file:
+        file.visititems(lambda name, item: found.update({name: np.array(item)})
+                        if isinstance(item, h5py.Dataset) else None)
+    return found
+
+
+def test_ten_kills_at_random_moments(tmp_path):
+    whole, killed = tmp_path / "whole.weights.h5", tmp_path / "killed.weights.h5"
+    begun = time.monotonic()
+    process = start(tmp_path / "whole", whole)
+    ready = time.monotonic()
+    assert process.wait() == 0, process.stderr.read()
+    length = time.monotonic() - ready  # of an undisturbed training, compilation included
+    seed = int(begun * 1e6)
+    chance, kills = random.Random(seed), 0
+    while kills < 10:
+        process = start(tmp_path / "killed", killed)
+        try:
+            process.wait(timeout=chance.uniform(0, 0.8 * length))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            kills += 1
+        else:  # it finished between kills: begin anew, the ten are not yet full
+            assert process.returncode == 0, process.stderr.read()
+            same(whole, killed, seed)
+            for path in (tmp_path / "killed").glob("digits-*/model.*"):
+                path.unlink()
+    assert start(tmp_path / "killed", killed).wait() == 0
+    same(whole, killed, seed)
+
+
+def same(whole, killed, seed):
+    want, got = weights(whole), weights(killed)
+    assert want and want.keys() == got.keys()
+    for name in want:
+        np.testing.assert_array_equal(want[name], got[name], err_msg=f"{name}, seed {seed}")
