@@ -576,7 +576,7 @@ RECIPES = {
     ("cifar10", "teacher"): Recipe(epochs=20),
     ("cifar10", "student"): Recipe(epochs=20),
     ("digits", "teacher"): Recipe(epochs=20, batch_size=50, flip=False),
-    ("digits", "student"): Recipe(epochs=10, batch_size=50, flip=False),
+    ("digits", "student"): Recipe(epochs=7, batch_size=50, flip=False),
 }
 
 
@@ -1132,15 +1132,19 @@ def plot_images(images, titles=None, *, columns: int = 10, title: str = ""):
     return fig
 
 
-def plot_curves(curves: dict[str, list[float]], *, title: str, ylabel: str, ax=None):
-    """Curves over epochs, each labelled at its end; names that are roles get their colour."""
+def plot_curves(curves: dict[str, list[float]], *, title: str, ylabel: str, role=None, ax=None):
+    """Curves over epochs, each labelled at its end; a name that is a role has its colour.
+
+    Other names have the colour of ``role``, and "training" is dashed.
+    """
     ax = ax or plt.subplots(figsize=(7, 4), layout="constrained")[1]
     highest = max(values[-1] for values in curves.values())
     for name, values in curves.items():
         epochs = np.arange(1, len(values) + 1)
         (line,) = ax.plot(
-            epochs, values, DASHES.get(name, "-"), color=COLOURS.get(name, "0.5"), label=name,
-            marker=MARKERS.get(name), markersize=4,
+            epochs, values, DASHES.get(name, "--" if name == "training" else "-"), label=name,
+            color=COLOURS.get(name, COLOURS.get(role, "0.5")), marker=MARKERS.get(name),
+            markersize=4,
         )
         ax.annotate(f" {name}", (epochs[-1], values[-1]), color=line.get_color(),
                     va="bottom" if values[-1] == highest else "top", annotation_clip=False)

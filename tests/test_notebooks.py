@@ -13,6 +13,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -148,7 +149,9 @@ CITED = {"76.65", "70.75", "64.6", "48.16"}
 
 
 def measured_percentages():
-    columns = TABLE[["val_accuracy", "test_accuracy", "agreement"]].to_numpy().ravel()
+    figures = ["val_accuracy", "test_accuracy", "agreement"]
+    means = TABLE.groupby(["dataset", "method"])[figures].mean()
+    columns = np.concatenate([TABLE[figures].to_numpy().ravel(), means.to_numpy().ravel()])
     return {f"{100 * value:.{digits}f}" for value in columns for digits in (1, 2)}
 
 
@@ -161,6 +164,18 @@ def test_percentages_in_prose_were_measured(path):
         path.read_text()]
     quoted = set(re.findall(r"(\d+\.\d+)\s?%", "\n".join(prose)))
     assert quoted <= measured_percentages() | CITED
+
+
+def test_results_in_the_readme_are_those_of_the_table():
+    mine = TABLE[TABLE.dataset == "cifar10"].pivot(
+        index="seed", columns="method", values="test_accuracy")
+    text = (ROOT / "README.md").read_text()
+    pairs = mine[["distilled", "scratch"]].dropna()
+    scratch, distilled = (100 * pairs[m].mean() for m in ("scratch", "distilled"))
+    assert f"| {100 * mine.teacher[0]:.2f} % | {scratch:.2f} % | {distilled:.2f} % |" in text
+    gain = 100 * (pairs.distilled - pairs.scratch)
+    low, high = scipy.stats.ttest_1samp(gain, 0).confidence_interval()
+    assert f"{gain.mean():.2f} points (95 % interval {low:.2f} to {high:.2f}" in text
 
 
 def test_parameters_in_the_readme_are_those_of_the_table():

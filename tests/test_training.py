@@ -351,6 +351,55 @@ def test_measured_figures_by_hand(data):
     assert got["nll"] == pytest.approx(-np.log(p[np.arange(60), data.y_test]).mean(), abs=1e-4)
 
 
+# --- any Keras model with logits out ---
+
+
+def residual():
+    pixels = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(8, 4, strides=4)(keras.layers.Rescaling(1 / 255)(pixels))
+    inner = keras.Sequential([keras.Input((8, 8, 8)), keras.layers.Conv2D(8, 3, padding="same"),
+                              keras.layers.BatchNormalization(), keras.layers.ReLU()])
+    x = keras.layers.GlobalAveragePooling2D()(x + inner(x))
+    return keras.Model(pixels, keras.layers.Dense(10)(x))
+
+
+def transformer():
+    pixels = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(16, 8, strides=8)(keras.layers.Rescaling(1 / 255)(pixels))
+    x = keras.layers.Reshape((16, 16))(x)
+    y = keras.layers.LayerNormalization()(x)
+    x = x + keras.layers.MultiHeadAttention(2, 8, dropout=0.1)(y, y)
+    x = keras.layers.GlobalAveragePooling1D()(x + keras.layers.Dense(16, "gelu")(x))
+    return keras.Model(pixels, keras.layers.Dense(10)(x))
+
+
+@pytest.mark.parametrize("build", [residual, transformer])
+def test_other_families_can_teach(data, monkeypatch, tmp_path, build):
+    """Trained, cut off and resumed, asked, cached, and distilled from."""
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data, method="teacher", build=build)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "cut"))
+    train_and_cut(data, monkeypatch, 2, method="teacher", build=build)
+    teacher = train(data, method="teacher", build=build)
+    assert_same_weights(whole, teacher)
+    logits = kdlib.teacher_logits(teacher.model, data, RECIPE)
+    (images, answers), _ = next(iter(kdlib.batches(data, RECIPE, seed=0, teacher_logits=logits)))
+    np.testing.assert_allclose(answers, teacher.model.predict(images, verbose=0),
+                               rtol=1e-4, atol=1e-5)
+    before = [np.copy(w) for w in teacher.model.get_weights()]
+    distilled = train(data, method="distilled", teacher=teacher.model,
+                      build=lambda: tiny(2, seed=1))
+    assert distilled.row["agreement"] is not None
+    for old, new in zip(before, teacher.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_fused_norm_reaches_into_nested_models():
+    twin = kdlib._with_fused_norm(residual())
+    (nested,) = [layer for layer in twin.layers if isinstance(layer, keras.Model)]
+    assert any(isinstance(v, kdlib._FusedBatchNormalization) for v in nested.layers)
+
+
 # --- what is published ---
 
 PUBLISHED = sorted(path.stem for path in kdlib.REFERENCE.glob("*.json"))
