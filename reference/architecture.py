@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 def plot_architecture():
     """Distillation in one picture: two models, two losses, one of them trained."""
     fig, ax = plt.subplots(figsize=(10, 4.2), layout="constrained")
-    ax.set(xlim=(0, 100), ylim=(0, 44))
+    ax.set(xlim=(-1, 101), ylim=(0, 44))
     ax.axis("off")
 
     def box(x, y, width, text, colour, dash="-"):
