@@ -146,8 +146,9 @@ def _cifar10() -> Dataset:
                 "and run this again; or set KD_DATASET=digits to stay offline."
             ) from None
         arrays = dict(x_train=a, y_train=b.ravel(), x_test=c, y_test=d.ravel())
-    x, y = _by_content(arrays["x_train"], arrays["y_train"])
-    x_test, y_test = _by_content(arrays["x_test"], arrays["y_test"])
+    # pop: each array is 150 MB, and none is kept longer than its sorted copy needs it.
+    x, y = _by_content(arrays.pop("x_train"), arrays.pop("y_train"))
+    x_test, y_test = _by_content(arrays.pop("x_test"), arrays.pop("y_test"))
     return _split("cifar10", CIFAR10_CLASSES, x, y, x_test, y_test, validation=5_000)
 
 
