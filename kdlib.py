@@ -592,8 +592,12 @@ class Run:
 
 def recipe_for(dataset: Dataset, method: str) -> Recipe:
     """The published recipe of a dataset for ``"teacher"`` or any student method."""
-    role = "teacher" if method.startswith("teacher") else "student"
+    role = _role(method)
     return RECIPES.get((dataset.name, role), RECIPES["cifar10", role])
+
+
+def _role(method: str) -> str:
+    return "teacher" if method.startswith("teacher") else "student"
 
 
 def train_or_load(
@@ -639,14 +643,14 @@ def train_or_load(
             "the number of training images."
         )
     own = build is None
-    build = build or (build_teacher if kind == "teacher" else build_student)
+    build = build or (build_teacher if _role(method) == "teacher" else build_student)
 
     def first_weights():
         keras.utils.set_random_seed(seed)
         return build()
 
     model = first_weights()
-    _check_gives_logits("teacher" if kind == "teacher" else "student", model)
+    _check_gives_logits(_role(method), model)
     spec = {
         "kdlib": __version__, "dataset": dataset.name, "data": dataset.digest, "method": method,
         "seed": seed, "architecture": _architecture_digest(model), **asdict(recipe),
@@ -940,7 +944,7 @@ def _finish(model, history, dataset, teacher, spec, folder) -> Run:
     """Measure a trained model, write it down, and only then drop the way back."""
     row = {
         **{key: spec[key] for key in RESULT_COLUMNS if key in spec},
-        "model": "teacher" if spec["method"].startswith("teacher") else "student",
+        "model": _role(spec["method"]),
         "parameters": model.count_params(),
         **measure(model, dataset, teacher),
         "seconds": round(sum(history["seconds"])),
