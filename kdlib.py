@@ -78,7 +78,8 @@ PIXEL_STD = (62.99, 62.09, 66.70)
 class Dataset:
     """Images and labels, split once and for all.
 
-    Images are uint8 of shape (N, 32, 32, 3), labels int32 of shape (N,).
+    Images are uint8 of shape (N, 32, 32, 3), labels int32 of shape (N,); a training label of
+    -1 is unknown: a distilled student learns from its image all the same.
     Settings are chosen on ``val``; ``test`` is looked at once per reported run.
     """
 
@@ -326,12 +327,13 @@ def soften(logits, temperature: float):
         Probabilities of the same shape; each row sums to one.
 
     Raises:
-        TypeError, ValueError: the temperature is not a number, or not positive and finite.
+        TypeError, ValueError: the temperature is not a number, or not positive and finite;
+            the logits are no numbers.
 
     Source: Hinton, Vinyals, Dean 2015, section 2, equation 1.
     """
     temperature = _check_temperature(temperature)
-    return ops.softmax(_as_float(logits) / temperature, axis=-1)
+    return ops.softmax(_as_float("logits", logits) / temperature, axis=-1)
 
 
 def distillation_loss(*, teacher_logits, student_logits, temperature: float):
@@ -354,14 +356,15 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     Source: Hinton, Vinyals, Dean 2015, section 2 (the factor: its last paragraph).
     """
     temperature = _check_temperature(temperature)
-    teacher_logits, student_logits = _as_float(teacher_logits), _as_float(student_logits)
-    if tuple(teacher_logits.shape)[1:] != tuple(student_logits.shape)[1:] or _differ(
-        teacher_logits.shape[0], student_logits.shape[0]
+    teacher_logits = _as_float("teacher_logits", teacher_logits)
+    student_logits = _as_float("student_logits", student_logits)
+    taught, learned = tuple(teacher_logits.shape), tuple(student_logits.shape)
+    if len(taught) < 2 or len(taught) != len(learned) or 0 in taught or any(
+        map(_differ, taught, learned)
     ):
         raise ValueError(
-            f"teacher_logits have shape {tuple(teacher_logits.shape)}, student_logits "
-            f"{tuple(student_logits.shape)}: both need (batch, classes), with the same "
-            "classes in the same order."
+            f"teacher_logits have shape {taught}, student_logits {learned}: both need "
+            "(batch, classes), with the same classes in the same order."
         )
     log_p = ops.log_softmax(teacher_logits / temperature, axis=-1)
     log_q = ops.log_softmax(student_logits / temperature, axis=-1)
@@ -373,11 +376,20 @@ def _differ(a, b) -> bool:
     return a is not None and b is not None and a != b
 
 
-def _as_float(logits):
+def _as_float(name: str, logits):
     """At least float32: half precision is too coarse for differences of logarithms."""
-    logits = ops.convert_to_tensor(logits)
-    exact = keras.backend.standardize_dtype(logits.dtype) in ("float32", "float64")
-    return logits if exact else ops.cast(logits, "float32")
+    try:
+        logits = ops.convert_to_tensor(logits)
+        dtype = keras.backend.standardize_dtype(logits.dtype)
+    except (TypeError, ValueError) as error:  # words, ragged lists, None
+        reason = str(error).splitlines()[0]
+        raise TypeError(f"{name} cannot become a tensor of numbers: {reason}") from None
+    if dtype.startswith(("complex", "bool")) or not logits.shape:
+        raise TypeError(
+            f"{name} are {dtype} of shape {tuple(logits.shape)}: give real numbers of shape "
+            "(batch, classes), before the softmax."
+        )
+    return logits if dtype in ("float32", "float64") else ops.cast(logits, "float32")
 
 
 def _check_temperature(temperature) -> float:
@@ -568,7 +580,8 @@ class Recipe:
     warmup: float = 0.1  # part of all steps that the rate takes to climb to its peak
     momentum: float = 0.9
     weight_decay: float = 0.1  # decoupled, times the rate, on kernels only
-    views: int = 20  # different views of each image; epoch e shows view e modulo views
+    views: int = 20  # of each image; epoch e shows view e modulo views. 0: always new ones, by
+    # which a distilled run has to ask its teacher live
     shift: int = 4  # pixels
     flip: bool = True
 
@@ -602,7 +615,7 @@ def _role(method: str) -> str:
 
 def train_or_load(
     method: str, dataset: Dataset, *, build=None, teacher=None, temperature: float = 4.0,
-    alpha: float = 0.1, recipe: Recipe | None = None, seed: int = 0,
+    alpha: float = 0.1, recipe: Recipe | None = None, seed: int = 0, rewrite=None,
 ) -> Run:
     """Train a model, or load it if this very training was done before.
 
@@ -621,6 +634,8 @@ def train_or_load(
         temperature, alpha: see Distiller; only a distilled run uses them.
         recipe: by default ``recipe_for(dataset, method)``.
         seed: decides first weights, order of batches and Dropout.
+        rewrite: a control: function (logits, labels, temperature) -> logits, which changes
+            the teacher's answers before the student sees them, as ``without_dark_knowledge``.
 
     Raises:
         ValueError: an unknown method, a distilled run without a teacher, a bad recipe.
@@ -637,6 +652,11 @@ def train_or_load(
     if distilled and teacher is None:
         raise ValueError(f"teacher is None, but method is {method!r}: pass a trained teacher.")
     recipe = recipe or recipe_for(dataset, method)
+    if rewrite is not None and not (distilled and recipe.views):
+        raise ValueError(
+            "rewrite changes a teacher's stored answers: it goes with a distilled run whose "
+            f"recipe has views > 0, but method is {method!r} and recipe.views {recipe.views}."
+        )
     if not 0 < recipe.batch_size <= len(dataset.y_train):
         raise ValueError(
             f"recipe.batch_size is {recipe.batch_size}: choose 1 to {len(dataset.y_train)}, "
@@ -658,6 +678,7 @@ def train_or_load(
         "temperature": _check_temperature(temperature) if distilled else None,
         "alpha": _check_alpha(alpha) if distilled else None,
         "teacher": _model_digest(teacher) if distilled else None,
+        **({"rewrite": _behaviour_digest(rewrite)} if rewrite else {}),
     }
     name = f"{dataset.name}-{method}-seed{seed}"
     folder = runs_folder() / f"{name}-{_digest(_json(spec))[:10]}"
@@ -671,7 +692,8 @@ def train_or_load(
             if (run := _load_run(folder / "model", spec, dataset, teacher)) is not None:
                 return run  # another process has just finished it
             model = first_weights()  # looking for the run may have drawn random numbers
-            history = _train(model, dataset, teacher if distilled else None, recipe, spec, folder)
+            history = _train(model, dataset, teacher if distilled else None, recipe, spec, folder,
+                             rewrite)
             return _finish(model, history, dataset, teacher, spec, folder)
     except filelock.Timeout:
         raise RuntimeError(
@@ -691,7 +713,7 @@ def _retrain() -> bool:
     return value == "1"
 
 
-def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[float]]:
+def _train(model, dataset, teacher, recipe, spec, folder, rewrite) -> dict[str, list[float]]:
     """Fit ``model`` from where ``folder`` says it stopped; returns the whole history."""
     validation = (dataset.x_val, dataset.y_val)
     fast = _with_fused_norm(model)
@@ -699,13 +721,18 @@ def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[floa
     if teacher is not None:
         trainer = Distiller(student=fast, teacher=teacher,
                             temperature=spec["temperature"], alpha=spec["alpha"])
-        logits = teacher_logits(teacher, dataset, recipe)
-        validation = ((dataset.x_val, predict_logits(teacher, dataset.x_val)), dataset.y_val)
+        if recipe.views:
+            logits = teacher_logits(teacher, dataset, recipe)
+        if rewrite is not None:
+            logits = np.stack([rewrite(view, dataset.y_train, spec["temperature"])
+                               for view in logits]).astype("float32")
+        answers = _kept_logits(teacher, dataset, "val", lambda: dataset.x_val)
+        validation = ((dataset.x_val, answers), dataset.y_val)
     steps = len(dataset.y_train) // recipe.batch_size
     trainer.compile(
         optimizer=_optimizer(recipe, steps, last_layer=_last_operation(model).name),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"],
+        metrics=[], weighted_metrics=["accuracy"],
         steps_per_execution=max(k for k in range(1, 25) if steps % k == 0),
         jit_compile=False,  # slower on the CPU
     )
@@ -729,26 +756,31 @@ def _train(model, dataset, teacher, recipe, spec, folder) -> dict[str, list[floa
 def batches(dataset, recipe, *, seed, first_epoch=0, teacher_logits=None) -> tf.data.Dataset:
     """All batches from ``first_epoch`` to the end; order and views follow from the seed.
 
-    Elements are (images, labels), with ``teacher_logits`` ((images, logits), labels).
+    Elements are (images, labels), with ``teacher_logits`` ((images, logits), labels); where
+    some labels are negative, which stands for unknown, a third part weighs these with 0.
     """
     count, size = len(dataset.y_train), recipe.batch_size
-    steps = count // size
-    codes = view_codes(images=count, views=recipe.views, shift=recipe.shift, flip=recipe.flip)
+    steps, views = count // size, recipe.views or recipe.epochs
+    codes = view_codes(images=count, views=views, shift=recipe.shift, flip=recipe.flip)
+    known = (dataset.y_train >= 0).astype("float32")
+    labels, weigh = np.maximum(dataset.y_train, 0), not known.all()
 
     def produce():
         for epoch in range(first_epoch, recipe.epochs):
             order = np.random.default_rng([seed, epoch]).permutation(count)
-            view = epoch % recipe.views
+            view = epoch % views
             for index in order[: steps * size].reshape(steps, size):
                 images = augment(dataset.x_train[index], codes[view, index])
                 if teacher_logits is not None:
                     images = (images, teacher_logits[view, index])
-                yield images, dataset.y_train[index]
+                yield (images, labels[index], known[index]) if weigh else (images, labels[index])
 
     images = tf.TensorSpec((size, *dataset.x_train.shape[1:]), tf.uint8)
     if teacher_logits is not None:
         images = (images, tf.TensorSpec((size, teacher_logits.shape[-1]), tf.float32))
     signature = (images, tf.TensorSpec((size,), tf.int32))
+    if weigh:
+        signature += (tf.TensorSpec((size,), tf.float32),)
     return tf.data.Dataset.from_generator(produce, output_signature=signature).prefetch(24)
 
 
@@ -839,25 +871,72 @@ class _FusedBatchNormalization(layers.BatchNormalization):
 def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
     """The teacher's logits for every view: float32 (views, images, classes).
 
-    Computed once and kept in the runs folder, a file a view, under a name made from the
-    teacher, the data and the recipe of the views. Source: a patient teacher sees what the
-    student sees (Beyer et al. 2022); stored answers: Shen and Xing 2022.
+    Computed once and kept in the runs folder. Source: a patient teacher sees what the student
+    sees (Beyer et al. 2022); stored answers: Shen and Xing 2022.
     """
     views = min(recipe.views, recipe.epochs)
     codes = view_codes(images=len(dataset.y_train), views=views, shift=recipe.shift,
                        flip=recipe.flip)
-    key = {"kdlib": __version__, "data": dataset.digest, "teacher": _model_digest(teacher),
-           "shift": recipe.shift, "flip": recipe.flip}
-    folder = runs_folder() / f"logits-{_digest(_json(key))[:16]}"
-    folder.mkdir(parents=True, exist_ok=True)
-    answers = []
-    for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False):
-        path = folder / f"view{v:02d}.npy"
-        if not path.exists():
-            answer = predict_logits(teacher, augment(dataset.x_train, codes[v]))
-            _write_whole(path, lambda aside, answer=answer: np.save(aside, answer))
-        answers.append(np.load(path, allow_pickle=False))
-    return np.stack(answers)
+    return np.stack([
+        _kept_logits(teacher, dataset, f"view{v:02d}-shift{recipe.shift}-flip{recipe.flip:d}",
+                     lambda v=v: augment(dataset.x_train, codes[v]))
+        for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False)
+    ])
+
+
+def _kept_logits(teacher, dataset, name: str, images) -> np.ndarray:
+    """Ask a teacher once; the file's name is made from teacher, data, and ``name``."""
+    key = _json([__version__, dataset.digest, _model_digest(teacher)])
+    path = runs_folder() / f"logits-{_digest(key)[:16]}" / f"{name}.npy"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        answer = predict_logits(teacher, images())
+        _write_whole(path, lambda aside: np.save(aside, answer))
+    return np.load(path, allow_pickle=False)
+
+
+# Controls: what a student learns from a teacher that knows less.
+
+
+def without_dark_knowledge(logits, labels, temperature: float):
+    """Label smoothing with the mean entropy of the teacher's soft labels.
+
+    Every image gets the same soft label but for the place of its class: one probability for
+    that, another for each wrong class. logits (N, classes), labels (N,); returns logits.
+    Source: label smoothing: Szegedy et al. 2016, section 7.
+    """
+    classes = logits.shape[-1]
+    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+    wanted = scipy.special.entr(soft).sum(-1).mean()
+
+    def entropy(wrong):
+        return scipy.special.entr(1 - wrong) + scipy.special.entr(wrong / (classes - 1)) * (
+            classes - 1)
+
+    wrong = scipy.optimize.brentq(lambda w: entropy(w) - wanted, 1e-12, 1 - 1 / classes)
+    smooth = np.where(np.arange(classes) == labels[:, None], 1 - wrong, wrong / (classes - 1))
+    return temperature * np.log(smooth)
+
+
+def with_shuffled_dark_knowledge(logits, labels, temperature: float):
+    """The teacher's logits, those of the wrong classes dealt out anew.
+
+    Each image has its own shuffle, the same in all its views: the student still learns how
+    sure the teacher is, and something false about which classes are alike. Source: after
+    Furlanello et al. 2018, section 3.2 (dark knowledge with permuted predictions).
+    """
+    keys = np.random.default_rng(2018).random(logits.shape)
+    keys[np.arange(len(labels)), labels] = -1
+    origin = keys.argsort(-1)[:, 1:]  # the wrong classes in random order
+    shuffled = logits.copy()
+    np.put_along_axis(shuffled, np.sort(origin), np.take_along_axis(logits, origin, -1), -1)
+    return shuffled
+
+
+def _behaviour_digest(rewrite) -> str:
+    """What a function does to some fixed logits: its name or source would say less."""
+    logits = np.random.default_rng(0).normal(0, 4, (200, 10))
+    return _digest(np.round(rewrite(logits, np.arange(200) % 10, 4.0), 2))
 
 
 def predict_logits(model, images: np.ndarray) -> np.ndarray:
@@ -946,7 +1025,7 @@ def _finish(model, history, dataset, teacher, spec, folder) -> Run:
         **{key: spec[key] for key in RESULT_COLUMNS if key in spec},
         "model": _role(spec["method"]),
         "parameters": model.count_params(),
-        **measure(model, dataset, teacher),
+        **_measure(model, dataset, _test_answers(teacher, dataset)),
         "seconds": round(sum(history["seconds"])),
         "machine": _machine(),
         "versions": _versions(),
@@ -980,24 +1059,34 @@ def _load_run(stem: Path, spec: dict, dataset, teacher) -> Run | None:
         return None
     row = {key: found["row"][key] for key in RESULT_COLUMNS}
     if teacher is not None and found["judge"] != _model_digest(teacher):
-        row["agreement"] = measure(model, dataset, teacher)["agreement"]
+        answers = _test_answers(teacher, dataset).argmax(-1)
+        guess = predict_logits(model, dataset.x_test).argmax(-1)
+        row["agreement"] = round(float(np.mean(guess == answers)), 4)
     return Run(model, found["history"], row)
 
 
-def publish(run: Run) -> None:
-    """Copy a finished run from the runs folder into ``reference`` (for maintainers)."""
+def publish(run: Run, *, weights: bool = True) -> None:
+    """Copy a finished run from the runs folder into ``reference`` (for maintainers).
+
+    Without its weights it is a row of results.csv, which anyone can train again.
+    """
     import pandas as pd
 
     row = run.row
     name = f"{row['dataset']}-{row['method']}-seed{row['seed']}"
     (folder,) = [p.parent for p in runs_folder().glob(f"{name}-*/model.json")
                  if json.loads(p.read_text())["row"] == row]
-    (REFERENCE / f"{name}.json").unlink(missing_ok=True)  # never new weights beside old notes
-    for kind in ("keras", "json"):
+    target = REFERENCE / name if weights else REFERENCE / "rows" / folder.name
+    target.parent.mkdir(exist_ok=True)
+    notes = target.with_name(f"{target.name}.json")
+    notes.unlink(missing_ok=True)  # never new weights beside old notes
+    for kind in ("keras", "json") if weights else ("json",):
         data = (folder / f"model.{kind}").read_bytes()
-        _write_whole(REFERENCE / f"{name}.{kind}", lambda aside, data=data: aside.write_bytes(data))
-    rows = [json.loads(path.read_text())["row"] for path in REFERENCE.glob("*.json")]
-    table = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(["dataset", "method", "seed"])
+        _write_whole(target.with_name(f"{target.name}.{kind}"),
+                     lambda aside, data=data: aside.write_bytes(data))
+    rows = [json.loads(path.read_text())["row"] for path in REFERENCE.rglob("*.json")]
+    table = pd.DataFrame(rows, columns=RESULT_COLUMNS).sort_values(
+        ["dataset", "method", "temperature", "alpha", "seed"])
     _write_whole(REFERENCE / "results.csv", lambda aside: table.to_csv(aside, index=False))
 
 
@@ -1009,21 +1098,28 @@ RESULT_COLUMNS = (
 
 def measure(model, dataset: Dataset, teacher=None) -> dict[str, float]:
     """val_accuracy; and on the test set: accuracy, nll (nats), ece, agreement with a teacher."""
+    return _measure(model, dataset,
+                    None if teacher is None else predict_logits(teacher, dataset.x_test))
+
+
+def _measure(model, dataset, teacher_answers) -> dict[str, float]:
     logits = predict_logits(model, dataset.x_test).astype("float64")
     log_p = scipy.special.log_softmax(logits, axis=-1)
     guess = logits.argmax(-1)
-    agreement = None
-    if teacher is not None:
-        agreement = np.mean(guess == predict_logits(teacher, dataset.x_test).argmax(-1))
     figures = {
         "val_accuracy": np.mean(predict_logits(model, dataset.x_val).argmax(-1) == dataset.y_val),
         "test_accuracy": np.mean(guess == dataset.y_test),
         "nll": -log_p[np.arange(len(guess)), dataset.y_test].mean(),
         "ece": expected_calibration_error(np.exp(log_p), dataset.y_test),
-        "agreement": agreement,
+        "agreement": (None if teacher_answers is None
+                      else np.mean(guess == teacher_answers.argmax(-1))),
     }
     return {key: value if value is None else round(float(value), 4)
             for key, value in figures.items()}
+
+
+def _test_answers(teacher, dataset):
+    return teacher and _kept_logits(teacher, dataset, "test", lambda: dataset.x_test)
 
 
 def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:

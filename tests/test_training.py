@@ -8,6 +8,7 @@ import keras
 import numpy as np
 import pandas as pd
 import pytest
+import scipy
 import tensorflow as tf
 from test_distiller import tiny
 
@@ -167,10 +168,78 @@ def test_batches_carry_the_teachers_answer_to_the_very_image(data):
         np.testing.assert_allclose(answers, live, rtol=1e-4, atol=1e-5)
 
 
+def test_new_views_with_a_live_teacher_are_the_stored_ones(data):
+    """As many views as epochs: nothing is shown twice, so live and stored have to agree."""
+    teacher = tiny(8)
+    stored = train(data, method="distilled", teacher=teacher, recipe=replace(RECIPE, views=3))
+    live = train(data, method="distilled", teacher=teacher, recipe=replace(RECIPE, views=0))
+    np.testing.assert_allclose(live.history["loss"], stored.history["loss"], rtol=1e-3)
+
+
+def test_an_unknown_label_weighs_nothing(data):
+    some, none = data.y_train.copy(), np.full_like(data.y_train, -1)
+    some[::3] = -1
+    for part in kdlib.batches(replace(data, y_train=some), RECIPE, seed=0):
+        images, labels, weights = part
+        assert labels.numpy().min() >= 0 and set(weights.numpy()) <= {0.0, 1.0}
+    seen = list(kdlib.batches(replace(data, y_train=some), RECIPE, seed=0).take(6))
+    assert sum(weights.numpy().sum() for *_, weights in seen) == np.sum(some >= 0)
+    run = train(replace(data, y_train=none), method="distilled", teacher=tiny(8))
+    assert run.history["student_loss"] == [0.0] * RECIPE.epochs
+    assert run.history["distillation_loss"][-1] > 0
+
+
 def test_another_teacher_has_another_cache(data, runs):
     a = kdlib.teacher_logits(tiny(8), data, RECIPE)
     b = kdlib.teacher_logits(tiny(8, seed=1), data, RECIPE)
     assert np.any(a != b) and len(list(runs.glob("logits-*"))) == 2
+
+
+# --- controls ---
+
+
+def some_answers(count=200):
+    rng = np.random.default_rng(3)
+    return rng.normal(0, 4, (count, 10)).astype("float32"), rng.integers(0, 10, count)
+
+
+def test_smoothed_labels_are_as_uncertain_as_the_teacher():
+    logits, labels = some_answers()
+    soft = scipy.special.softmax(kdlib.without_dark_knowledge(logits, labels, 4.0) / 4, axis=-1)
+    teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
+    want = scipy.stats.entropy(teacher, axis=-1).mean()
+    np.testing.assert_allclose(scipy.stats.entropy(soft, axis=-1), want, rtol=1e-6)
+    np.testing.assert_array_equal(soft.argmax(-1), labels)
+    ranked = np.sort(soft, axis=-1)  # nine wrong classes, all alike
+    np.testing.assert_allclose(ranked[:, :9], ranked[:, :1].repeat(9, axis=1), rtol=1e-9)
+
+
+def test_a_shuffle_keeps_every_value_and_that_of_the_label():
+    logits, labels = some_answers()
+    shuffled = kdlib.with_shuffled_dark_knowledge(logits, labels, 4.0)
+    rows = np.arange(len(labels))
+    np.testing.assert_array_equal(np.sort(shuffled), np.sort(logits))
+    np.testing.assert_array_equal(shuffled[rows, labels], logits[rows, labels])
+    assert np.mean(shuffled != logits) > 0.7  # one value in nine stays by chance
+    places = np.tile(np.arange(10.0), (200, 1))  # another view, the same shuffle
+    moved = kdlib.with_shuffled_dark_knowledge(places, labels, 4.0).astype(int)
+    np.testing.assert_array_equal(np.take_along_axis(logits, moved, -1), shuffled)
+
+
+def test_a_control_is_a_run_of_its_own(data, runs):
+    settings = dict(method="distilled", teacher=tiny(8))
+    plain = train(data, **settings)
+    control = train(data, rewrite=kdlib.with_shuffled_dark_knowledge, **settings)
+    assert np.any(plain.model.get_weights()[0] != control.model.get_weights()[0])
+    assert_same_weights(control, train(
+        data, rewrite=lambda a, b, t: kdlib.with_shuffled_dark_knowledge(a, b, t), **settings))
+    assert len(list(runs.glob("digits-distilled*"))) == 2
+
+
+def test_a_control_needs_stored_answers(data):
+    for settings in (dict(), dict(method="distilled", recipe=replace(RECIPE, views=0))):
+        with pytest.raises(ValueError, match="rewrite changes a teacher's stored answers"):
+            train(data, teacher=tiny(8), rewrite=kdlib.without_dark_knowledge, **settings)
 
 
 def test_batches_show_every_image_once_an_epoch(data):
@@ -407,11 +476,29 @@ PUBLISHED = sorted(path.stem for path in kdlib.REFERENCE.glob("*.json"))
 
 def test_the_table_holds_the_rows_of_all_published_runs():
     table = pd.read_csv(kdlib.REFERENCE / "results.csv")
-    rows = [json.loads((kdlib.REFERENCE / f"{stem}.json").read_text())["row"]
-            for stem in PUBLISHED]
+    rows = [json.loads(path.read_text())["row"] for path in kdlib.REFERENCE.rglob("*.json")]
     want = pd.DataFrame(rows, columns=kdlib.RESULT_COLUMNS)
-    want = want.sort_values(["dataset", "method", "seed"]).reset_index(drop=True)
-    pd.testing.assert_frame_equal(table, want, check_dtype=False)
+    order = ["dataset", "method", "temperature", "alpha", "seed", "test_accuracy"]
+    pd.testing.assert_frame_equal(
+        table.sort_values(order, ignore_index=True), want.sort_values(order, ignore_index=True),
+        check_dtype=False)
+
+
+def test_publishing_with_and_without_weights(data, monkeypatch, tmp_path):
+    monkeypatch.setattr(kdlib, "REFERENCE", tmp_path / "reference")
+    (tmp_path / "reference").mkdir()
+    kdlib.publish(train(data, method="teacher"))
+    kdlib.publish(train(data), weights=False)
+    kept = sorted(path.name for path in (tmp_path / "reference").iterdir())
+    assert kept == ["digits-teacher-seed0.json", "digits-teacher-seed0.keras", "results.csv",
+                    "rows"]
+    assert len(list((tmp_path / "reference" / "rows").glob("digits-scratch-seed0-*.json"))) == 1
+    table = pd.read_csv(tmp_path / "reference" / "results.csv")
+    assert list(table["method"]) == ["scratch", "teacher"]
+    monkeypatch.delenv("KD_RETRAIN")
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "none"))
+    monkeypatch.setattr(kdlib, "_train", lambda *a, **k: pytest.fail("trained again"))
+    assert train(data, method="teacher").row["method"] == "teacher"
 
 
 @pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")])
