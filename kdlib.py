@@ -384,7 +384,7 @@ def _as_float(name: str, logits):
     except (TypeError, ValueError) as error:  # words, ragged lists, None
         reason = str(error).splitlines()[0]
         raise TypeError(f"{name} cannot become a tensor of numbers: {reason}") from None
-    if dtype.startswith(("complex", "bool")) or not logits.shape:
+    if not dtype.startswith(("float", "bfloat", "int", "uint")) or len(logits.shape) == 0:
         raise TypeError(
             f"{name} are {dtype} of shape {tuple(logits.shape)}: give real numbers of shape "
             "(batch, classes), before the softmax."

@@ -169,7 +169,7 @@ def test_loss_agrees_with_scipy(logits, temperature):
     p, q = (scipy.special.softmax(z.astype("float64") / temperature, axis=-1) for z in logits)
     want = temperature**2 * scipy.special.rel_entr(p, q).sum(-1).mean()
     if np.isfinite(want):  # where SciPy's softmax has not underflown
-        rounding = 1e-5 * temperature**2 + 1e-6 * temperature * np.abs(logits).max()
+        rounding = 1e-5 * temperature**2 + 1e-6 * temperature * float(np.abs(logits).max())
         assert loss_of(*logits, temperature) == pytest.approx(want, rel=1e-3, abs=rounding)
 
 
