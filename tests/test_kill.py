@@ -1,4 +1,4 @@
-"""A training that is killed again and again ends with the weights of one that was not."""
+"""A training that is killed or interrupted ends with the weights of one that was not."""
 
 import os
 import random
@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from jupyter_client.manager import start_new_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 TRAINING = """
@@ -29,13 +30,17 @@ np.savez(sys.argv[1], *run.model.get_weights())
 """
 
 
-def start(runs, result):
-    environment = {
+def environment(runs):
+    return {
         **os.environ, "KD_RUNS_DIR": str(runs), "KD_RETRAIN": "1", "KD_DATASET": "digits",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
-    process = subprocess.Popen([sys.executable, "-c", TRAINING, str(result)], env=environment,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def start(runs, result):
+    process = subprocess.Popen([sys.executable, "-c", TRAINING, str(result)],
+                               env=environment(runs), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "ready\n", process.stderr.read()
     return process
 
@@ -71,3 +76,28 @@ def same(whole, killed, seed):
         assert want.files and want.files == got.files
         for name in want.files:
             np.testing.assert_array_equal(want[name], got[name], err_msg=f"seed {seed}")
+
+
+def test_a_notebook_kernel_is_interrupted_and_the_cell_run_again(tmp_path):
+    """Interrupt (the square button) after the first epochs, then the same cell once more."""
+    whole, again = tmp_path / "whole.npz", tmp_path / "again.npz"
+    assert start(tmp_path / "whole", whole).wait() == 0
+    manager, client = start_new_kernel(env=environment(tmp_path / "again"), cwd=str(ROOT))
+    try:
+        cell = TRAINING.replace("sys.argv[1]", repr(str(again)))
+        asked = client.execute(cell)
+        for _ in range(600):
+            time.sleep(0.1)
+            if list((tmp_path / "again").glob("digits-*/state-?.npz")):
+                break
+        manager.interrupt_kernel()
+        reply = client.get_shell_msg(timeout=60)
+        assert reply["parent_header"]["msg_id"] == asked
+        assert reply["content"]["ename"] == "KeyboardInterrupt"
+        assert not again.exists()
+        reply = client.execute(cell, reply=True, timeout=300)
+        assert reply["content"]["status"] == "ok", reply["content"]
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    same(whole, again, "of no matter")
