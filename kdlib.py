@@ -81,6 +81,10 @@ class Dataset:
     Images are uint8 of shape (N, 32, 32, 3), labels int32 of shape (N,); a training label of
     -1 is unknown: a distilled student learns from its image all the same.
     Settings are chosen on ``val``; ``test`` is looked at once per reported run.
+
+    Raises:
+        ValueError: images that are no raw pixels, labels that fit neither them nor the
+            class names.
     """
 
     name: str
@@ -92,11 +96,34 @@ class Dataset:
     x_test: np.ndarray = field(repr=False)
     y_test: np.ndarray = field(repr=False)
 
+    def __post_init__(self):
+        for part in ("train", "val", "test"):
+            x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
+            if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 4:
+                raise ValueError(
+                    f"x_{part} is {_described(x)}: give raw pixels, uint8 of shape (images, "
+                    "height, width, channels) in 0 to 255; the models normalise them."
+                )
+            low, high = -1 if part == "train" else 0, len(self.class_names) - 1
+            whole = isinstance(y, np.ndarray) and y.shape == (len(x),) and y.dtype.kind in "iu"
+            if not whole or (y.size and not low <= y.min() <= y.max() <= high):
+                raise ValueError(
+                    f"y_{part} is {_described(y)}: give class numbers of shape ({len(x)},), "
+                    f"integers from {low} to {high}."
+                )
+
     @cached_property
     def digest(self) -> str:
         """A fingerprint of all pixels and labels: names caches and runs."""
         return _digest(self.x_train, self.y_train, self.x_val, self.y_val,
                        self.x_test, self.y_test)
+
+
+def _described(array) -> str:
+    if not isinstance(array, np.ndarray):
+        return f"a {type(array).__name__}"
+    values = f" in {array.min():g} to {array.max():g}" if array.size else ""
+    return f"{array.dtype} of shape {array.shape}{values}"
 
 
 def load_dataset(name: str | None = None) -> Dataset:

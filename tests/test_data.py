@@ -1,6 +1,8 @@
 """Data: splits, views, and files that are not what they should be."""
 
 import kdlib  # isort: skip
+from dataclasses import replace
+
 import keras
 import numpy as np
 import pytest
@@ -168,6 +170,29 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(cifar, monkeypatch):
                       "y_train": arrays["y_train"][mixed]})
     assert kdlib.load_dataset().digest == first.digest
     assert (np.bincount(first.y_val) == 6).all()
+
+
+# --- a dataset of one's own ---
+
+
+@pytest.mark.parametrize("part, change, said", [
+    ("x_val", lambda x: (x / 255).astype("float32"), "x_val is float32 .* in 0 to .*: give raw"),
+    ("x_train", lambda x: x[..., 0], "x_train is uint8 of shape"),
+    ("x_test", lambda x: x.tolist(), "x_test is a list"),
+    ("y_train", lambda y: y + 1, r"y_train is int32 .* in 1 to 10: give class numbers"),
+    ("y_train", lambda y: y - 2, "y_train is int32"),
+    ("y_val", lambda y: np.where(y == 3, -1, y), "y_val is .* integers from 0 to 9"),
+    ("y_test", lambda y: np.eye(10)[y], "y_test is float64"),
+    ("y_test", lambda y: y[:-1], "y_test is int32"),
+    ("y_test", lambda y: y.tolist(), "y_test is a list"),
+])
+def test_a_dataset_that_does_not_fit_together(digits, part, change, said):
+    with pytest.raises(ValueError, match=said):
+        replace(digits, **{part: change(getattr(digits, part))})
+
+
+def test_an_unknown_training_label_is_welcome(digits):
+    replace(digits, y_train=np.full_like(digits.y_train, -1))
 
 
 # --- views ---
