@@ -114,9 +114,14 @@ class Dataset:
 
     @cached_property
     def digest(self) -> str:
-        """A fingerprint of all pixels and labels: names caches and runs."""
+        """A fingerprint of all pixels and labels: a part of a run's name."""
         return _digest(self.x_train, self.y_train, self.x_val, self.y_val,
                        self.x_test, self.y_test)
+
+    @cached_property
+    def image_digest(self) -> str:
+        """A fingerprint of the pixels alone: a teacher's answers do not depend on labels."""
+        return _digest(self.x_train, self.x_val, self.x_test)
 
 
 def _described(array) -> str:
@@ -912,8 +917,8 @@ def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
 
 
 def _kept_logits(teacher, dataset, name: str, images) -> np.ndarray:
-    """Ask a teacher once; the file's name is made from teacher, data, and ``name``."""
-    key = _json([__version__, dataset.digest, _model_digest(teacher)])
+    """Ask a teacher once; the file's name is made from teacher, images, and ``name``."""
+    key = _json([__version__, dataset.image_digest, _model_digest(teacher)])
     path = runs_folder() / f"logits-{_digest(key)[:16]}" / f"{name}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
