@@ -578,8 +578,9 @@ def _check_gives_logits(role: str, model) -> int | None:
     ):
         raise ValueError(
             f"{role} ends in a softmax or sigmoid ({last.name!r}): distillation needs logits. "
-            "Build its last layer with activation=None, or cut it off: "
-            "keras.Model(model.inputs, model.layers[-2].output)."
+            "Build its last layer with activation=None; a trained Dense layer becomes linear by "
+            "model.layers[-1].activation = keras.activations.linear, and a Softmax layer is cut "
+            "off by keras.Model(model.inputs, model.layers[-2].output)."
         )
     return shape and shape[-1]
 

@@ -26,7 +26,7 @@ for place, method in enumerate(LABELS):
     left.text(values.max() + 0.8, place, f"{values.mean():.2f} %", va="center", color=colour)
     left.text(ORIGINAL[method], place - 0.2, f"{ORIGINAL[method]} %", ha="center", fontsize=9)
 left.set(yticks=range(3), yticklabels=LABELS.values(), xlim=(60, 98), ylim=(2.5, -0.65),
-         xlabel="test accuracy (%)", title="CIFAR-10: the original course (|), and here")
+         xlabel="test accuracy (%)", title="CIFAR-10: the original course (bar), this course (symbols)")
 pairs = 100 * table.pivot_table(index="seed", columns="method", values="test_accuracy")
 for _, pair in pairs[["scratch", "distilled"]].dropna().iterrows():
     right.plot(["scratch", "distilled"], pair, color="0.75", zorder=0)
@@ -34,7 +34,7 @@ for _, pair in pairs[["scratch", "distilled"]].dropna().iterrows():
         right.plot(method, pair[method], kdlib.MARKERS[method], color=kdlib.COLOURS[method],
                    markersize=8)
 right.margins(x=0.4)
-right.set(ylabel="test accuracy (%)", title="pairs of students with one seed")
+right.set(ylabel="test accuracy (%)", title="Five pairs, one seed a pair (axis enlarged)")
 for ax in (left, right):
     sns.despine(ax=ax)
 fig.savefig(kdlib.REFERENCE / "results.png", dpi=120)
