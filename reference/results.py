@@ -26,7 +26,8 @@ for place, method in enumerate(LABELS):
     left.text(values.max() + 0.8, place, f"{values.mean():.2f} %", va="center", color=colour)
     left.text(ORIGINAL[method], place - 0.2, f"{ORIGINAL[method]} %", ha="center", fontsize=9)
 left.set(yticks=range(3), yticklabels=LABELS.values(), xlim=(60, 98), ylim=(2.5, -0.65),
-         xlabel="test accuracy (%)", title="CIFAR-10: the original course (bar), this course (symbols)")
+         xlabel="test accuracy (%)",
+         title="CIFAR-10: the original course (bar), this course (symbols)")
 pairs = 100 * table.pivot_table(index="seed", columns="method", values="test_accuracy")
 for _, pair in pairs[["scratch", "distilled"]].dropna().iterrows():
     right.plot(["scratch", "distilled"], pair, color="0.75", zorder=0)

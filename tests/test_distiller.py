@@ -1,6 +1,12 @@
 """Models and Distiller: what is trained, what is not, what is refused."""
 
 import kdlib  # isort: skip
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -327,3 +333,41 @@ def test_something_that_is_no_model():
 def test_one_hot_labels():
     with pytest.raises(ValueError, match="not one-hot"):
         distiller().fit(IMAGES, np.eye(10)[LABELS], verbose=0)
+
+
+# --- lifted into another project ---
+
+LIFTED_INTO = """
+import math, numbers, warnings
+import keras
+from keras import layers, ops
+{sections}
+import numpy as np
+def net(width):
+    inputs = keras.Input((8,))
+    hidden = layers.Dense(width, "relu")(inputs)
+    return keras.Model(inputs, layers.Dense(3)(hidden))
+teacher, student = net(16), net(4)
+before = [np.copy(w) for w in teacher.get_weights()]
+distiller = Distiller(student=student, teacher=teacher, temperature=4, alpha=0.1)
+distiller.compile(optimizer="adam")
+x, y = np.random.default_rng(0).normal(size=(40, 8)), np.arange(40) % 3
+losses = distiller.fit(x.astype("float32"), y, epochs=30, verbose=0).history["loss"]
+assert losses[-1] < losses[0], losses
+assert all(map(np.array_equal, before, teacher.get_weights()))
+assert "tensorflow" in sys.modules or keras.backend.backend() != "tensorflow"
+print("lifted")
+"""
+
+
+@pytest.mark.parametrize("backend", ["tensorflow", "torch"])
+def test_losses_and_distiller_can_be_lifted_out(backend):
+    """The two sections alone, with the imports that the README names."""
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    source = (kdlib.ROOT / "kdlib.py").read_text()
+    sections = re.search(r"# --- losses -.*?(?=# --- training -)", source, re.DOTALL)[0]
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys" + LIFTED_INTO.replace("{sections}", sections)],
+        capture_output=True, text=True, env={**os.environ, "KERAS_BACKEND": backend})
+    assert done.stdout.endswith("lifted\n"), done.stderr[-2000:]
