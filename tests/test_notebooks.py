@@ -51,7 +51,9 @@ def test_trained_for_real_on_digits(path, runs):
 @each_notebook
 def test_every_output_on_cifar10(path, tmp_path):
     run_nbval("--nbval", path, KD_DATASET="cifar10", KD_RETRAIN="0", KD_RUNS_DIR=str(tmp_path))
-    assert not list(tmp_path.glob("*/state.npz")), "trained instead of loading from reference"
+    published = [path.stem for path in (ROOT / "reference").glob("cifar10-*.json")]
+    again = [name for name in published if list(tmp_path.glob(f"{name}-*"))]
+    assert not again, "trained instead of loaded from reference"
 
 
 # --- hygiene ---
