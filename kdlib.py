@@ -913,7 +913,7 @@ def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
     return np.stack([
         _kept_logits(teacher, dataset, f"view{v:02d}-shift{recipe.shift}-flip{recipe.flip:d}",
                      lambda v=v: augment(dataset.x_train, codes[v]))
-        for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False)
+        for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False, delay=2)
     ])
 
 
