@@ -127,7 +127,8 @@ class Dataset:
 def _described(array) -> str:
     if not isinstance(array, np.ndarray):
         return f"a {type(array).__name__}"
-    values = f" in {array.min():g} to {array.max():g}" if array.size else ""
+    has_range = array.size and array.dtype.kind in "biuf"
+    values = f" in {array.min():g} to {array.max():g}" if has_range else ""
     return f"{array.dtype} of shape {array.shape}{values}"
 
 
@@ -496,6 +497,7 @@ class Distiller(keras.Model):
                 f"{teacher.count_params():,}: are the two swapped?", stacklevel=2,
             )
         self.student = student
+        self._classes = learned or taught
         # In a closure Keras does not find the teacher's weights: they are not trained, not
         # counted, and not saved with the student.
         self._ask_teacher = lambda images: ops.stop_gradient(teacher(images, training=False))
@@ -517,6 +519,17 @@ class Distiller(keras.Model):
             )
         metrics = list(metrics) if isinstance(metrics, tuple) else metrics
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+
+    def fit(self, x=None, y=None, **kwargs):
+        """As Keras's; labels that no class has are named before the training begins."""
+        if hasattr(y, "min") and len(y) and self._classes and not (
+            y.min() >= 0 and y.max() < self._classes
+        ):
+            raise ValueError(
+                f"labels go from {y.min()} to {y.max()}, but there are {self._classes} classes: "
+                f"give class numbers from 0 to {self._classes - 1}."
+            )
+        return super().fit(x, y, **kwargs)
 
     def call(self, inputs, training=None):
         images = inputs[0] if isinstance(inputs, (tuple, list)) else inputs

@@ -6,6 +6,9 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +192,21 @@ def test_the_split_does_not_depend_on_the_order_of_the_file(cifar, monkeypatch):
 def test_a_dataset_that_does_not_fit_together(digits, part, change, said):
     with pytest.raises(ValueError, match=said):
         replace(digits, **{part: change(getattr(digits, part))})
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.sampled_from(["x_train", "x_val", "y_train", "y_test"]), hnp.arrays(
+    st.sampled_from(["uint8", "int8", "int32", "uint16", "float32", "bool", "complex64", "U2"]),
+    hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=3)))
+def test_any_array_is_taken_or_named(part, array):
+    small = {f"x_{name}": np.zeros((2, 4, 4, 3), "uint8") for name in ("train", "val", "test")}
+    small |= {f"y_{name}": np.zeros(2, "int32") for name in ("train", "val", "test")}
+    try:
+        made = kdlib.Dataset("small", list("abc"), **{**small, part: array})
+    except ValueError as error:
+        assert str(error).startswith((part, "y_" + part[2:])), error
+    else:
+        assert len(getattr(made, "x" + part[1:])) == len(getattr(made, "y" + part[1:]))
 
 
 def test_an_unknown_training_label_is_welcome(digits):

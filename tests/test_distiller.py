@@ -11,6 +11,9 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 from keras import layers
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype("uint8")
@@ -333,6 +336,34 @@ def test_something_that_is_no_model():
 def test_one_hot_labels():
     with pytest.raises(ValueError, match="not one-hot"):
         distiller().fit(IMAGES, np.eye(10)[LABELS], verbose=0)
+
+
+@pytest.mark.parametrize("labels", [LABELS + 1, LABELS - 1, np.where(LABELS == 3, 255, LABELS)])
+def test_labels_that_no_class_has(labels):
+    with pytest.raises(ValueError, match=r"labels go from .* but there are 10 classes"):
+        distiller().fit(IMAGES, labels, verbose=0)
+
+
+ANY_SETTING = st.one_of(
+    st.none(), st.booleans(), st.text(max_size=2), st.integers(-2, 9), st.floats(),
+    st.complex_numbers(), st.lists(st.floats(0, 5), max_size=2),
+    hnp.arrays("float32", hnp.array_shapes(min_dims=0, max_dims=1, max_side=2)),
+)
+
+
+@settings(deadline=None, derandomize=True)
+@given(ANY_SETTING, ANY_SETTING)
+def test_any_temperature_and_alpha_are_taken_or_named(temperature, alpha):
+    try:
+        made = kdlib.Distiller(student=STUDENT, teacher=TEACHER, temperature=temperature,
+                               alpha=alpha)
+    except (TypeError, ValueError) as error:
+        assert str(error).startswith(("temperature is", "alpha is")), error
+    else:
+        assert made.temperature > 0 and 0 <= made.alpha <= 1
+
+
+STUDENT, TEACHER = tiny(), tiny(8)
 
 
 # --- lifted into another project ---

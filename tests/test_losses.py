@@ -246,26 +246,46 @@ def test_bad_input_is_answered_with_a_sentence(teacher, student, temperature):
 # --- other backends, where they are installed ---
 
 ON_ANOTHER_BACKEND = """
-import json, sys, kdlib, keras, numpy as np
+import json, kdlib, keras, numpy as np
+name = keras.backend.backend()
 teacher, student = np.random.default_rng(0).uniform(-5, 5, (2, 32, 10)).astype("float32")
-loss = kdlib.distillation_loss(teacher_logits=teacher, student_logits=student, temperature=4)
+loss = lambda logits: kdlib.distillation_loss(
+    teacher_logits=teacher, student_logits=logits, temperature=4)
+if name == "torch":
+    import torch
+    leaf = torch.tensor(student, requires_grad=True)
+    value = loss(leaf)
+    value.backward()
+    gradient = leaf.grad.numpy()
+elif name == "jax":
+    import jax
+    value, gradient = jax.value_and_grad(loss)(jax.numpy.asarray(student))
+else:
+    import tensorflow as tf
+    leaf = tf.Variable(student)
+    with tf.GradientTape() as tape:
+        value = loss(leaf)
+    gradient = tape.gradient(value, leaf).numpy()
 soft = keras.ops.convert_to_numpy(kdlib.soften(teacher, 4))
-print(json.dumps([keras.backend.backend(), float(loss), soft.tolist()]))
+print(json.dumps([name, float(value), np.asarray(gradient).tolist(), soft.tolist()]))
 """
 
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_losses_on_every_backend(backend):
+def test_losses_and_their_gradient_on_every_backend(backend):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     done = subprocess.run([sys.executable, "-c", ON_ANOTHER_BACKEND], capture_output=True,
-                          text=True, cwd=kdlib.ROOT, check=True,
+                          text=True, cwd=kdlib.ROOT,
                           env={**os.environ, "KERAS_BACKEND": backend})
-    name, loss, soft = json.loads(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    name, loss, gradient, soft = json.loads(done.stdout)
     teacher, student = some_logits(5)
+    p, q = (np.exp(log_softmax64(z, 4)) for z in (teacher, student))
     assert name == backend
     assert loss == pytest.approx(loss64(teacher, student, 4), rel=1e-4)
-    np.testing.assert_allclose(soft, np.exp(log_softmax64(teacher, 4)), rtol=1e-4)
+    np.testing.assert_allclose(gradient, 4 * (q - p) / len(student), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(soft, p, rtol=1e-4)
 
 
 def test_keras_own_default_is_still_the_one_that_notebook_07_shows():
