@@ -520,7 +520,7 @@ class Distiller(keras.Model):
         metrics = list(metrics) if isinstance(metrics, tuple) else metrics
         super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
 
-    def fit(self, x=None, y=None, **kwargs):
+    def fit(self, x=None, y=None, *args, **kwargs):
         """As Keras's; labels that no class has are named before the training begins."""
         if hasattr(y, "min") and len(y) and self._classes and not (
             y.min() >= 0 and y.max() < self._classes
@@ -529,7 +529,7 @@ class Distiller(keras.Model):
                 f"labels go from {y.min()} to {y.max()}, but there are {self._classes} classes: "
                 f"give class numbers from 0 to {self._classes - 1}."
             )
-        return super().fit(x, y, **kwargs)
+        return super().fit(x, y, *args, **kwargs)
 
     def call(self, inputs, training=None):
         images = inputs[0] if isinstance(inputs, (tuple, list)) else inputs
