@@ -772,7 +772,8 @@ def _train(model, dataset, teacher, recipe, spec, folder, rewrite) -> dict[str, 
         if rewrite is not None:
             logits = np.stack([rewrite(view, dataset.y_train, spec["temperature"])
                                for view in logits]).astype("float32")
-        answers = _kept_logits(teacher, dataset, "val", lambda: dataset.x_val)
+        answers = _kept_logits(teacher, _logits_folder(teacher, dataset) / "val.npy",
+                               lambda: dataset.x_val)
         validation = ((dataset.x_val, answers), dataset.y_val)
     steps = len(dataset.y_train) // recipe.batch_size
     trainer.compile(
@@ -923,17 +924,22 @@ def teacher_logits(teacher, dataset: Dataset, recipe: Recipe) -> np.ndarray:
     views = min(recipe.views, recipe.epochs)
     codes = view_codes(images=len(dataset.y_train), views=views, shift=recipe.shift,
                        flip=recipe.flip)
+    folder = _logits_folder(teacher, dataset)
     return np.stack([
-        _kept_logits(teacher, dataset, f"view{v:02d}-shift{recipe.shift}-flip{recipe.flip:d}",
+        _kept_logits(teacher, folder / f"view{v:02d}-shift{recipe.shift}-flip{recipe.flip:d}.npy",
                      lambda v=v: augment(dataset.x_train, codes[v]))
         for v in tqdm(range(views), desc="teacher's answers", unit="view", leave=False, delay=2)
     ])
 
 
-def _kept_logits(teacher, dataset, name: str, images) -> np.ndarray:
-    """Ask a teacher once; the file's name is made from teacher, images, and ``name``."""
+def _logits_folder(teacher, dataset) -> Path:
+    """Its name is a digest of teacher and images: no other answers can be taken for these."""
     key = _json([__version__, dataset.image_digest, _model_digest(teacher)])
-    path = runs_folder() / f"logits-{_digest(key)[:16]}" / f"{name}.npy"
+    return runs_folder() / f"logits-{_digest(key)[:16]}"
+
+
+def _kept_logits(teacher, path: Path, images) -> np.ndarray:
+    """The teacher's logits for ``images()``, asked once and kept at ``path``."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         answer = predict_logits(teacher, images())
@@ -1165,7 +1171,10 @@ def _measure(model, dataset, teacher_answers) -> dict[str, float]:
 
 
 def _test_answers(teacher, dataset):
-    return teacher and _kept_logits(teacher, dataset, "test", lambda: dataset.x_test)
+    if teacher is None:
+        return None
+    return _kept_logits(teacher, _logits_folder(teacher, dataset) / "test.npy",
+                        lambda: dataset.x_test)
 
 
 def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
