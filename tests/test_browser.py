@@ -4,6 +4,7 @@ Needs Chromium (Debian: apt-get install chromium) and playwright; skipped where 
 missing. KD_SCREENSHOTS=folder keeps the screenshots.
 """
 
+import json
 import os
 import shutil
 import socket
@@ -47,6 +48,11 @@ def lab(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    # No question about news, and no look at the package index for a newer JupyterLab.
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "notification.jupyterlab-settings").write_text(
+        json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     environment = {
         **os.environ, "KD_DATASET": "digits", "KD_RETRAIN": "0", "KD_RUNS_DIR": "runs",
         "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),

@@ -1,0 +1,234 @@
+"""The exercises: every answer that the notebooks give, verified by doing what it says."""
+
+import kdlib  # isort: skip
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+import nbformat
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.special
+from keras import ops
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
+TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
+
+
+@pytest.fixture
+def do(tmp_path):
+    """Run a notebook with lines changed, to the end or up to one cell, and check its kernel."""
+
+    def run(name, changes, *, check, until=None, **environment):
+        (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
+        notebook = nbformat.read(path, as_version=4)
+        if until:
+            last = next(k for k, cell in enumerate(notebook.cells)
+                        if cell.cell_type == "code" and until in cell.source)
+            del notebook.cells[last + 1:]
+        for old, new in changes.items():
+            found = [cell for cell in notebook.cells
+                     if cell.cell_type == "code" and old in cell.source]
+            assert found, f"{old!r} is in no cell of {path.name}"
+            for cell in found:
+                cell.source = cell.source.replace(old, new)
+        notebook.cells.append(nbformat.v4.new_code_cell(check))
+        client = NotebookClient(notebook, timeout=900, kernel_name="python3",
+                                resources={"metadata": {"path": str(NOTEBOOKS)}})
+        client.execute(env={**os.environ, "KD_DATASET": "digits", "KD_RETRAIN": "0",
+                            "KD_RUNS_DIR": str(tmp_path), **environment})
+
+    return run
+
+
+def exercises(name):
+    (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
+    last = nbformat.read(path, as_version=4).cells[-1].source
+    return last.split("## Exercises")[1].split("## ")[0]
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_three_exercises_with_their_answers(path):
+    questions, answers = exercises(path.stem[:2]).split("<details>")
+    kinds = re.findall(r"^(\d)\. \*\*(.+?):\*\*", questions, re.MULTILINE)
+    assert kinds == [("1", "Predict"), ("2", "Change one line"), ("3", "Explain")]
+    assert re.findall(r"^(\d)\. ", answers, re.MULTILINE) == ["1", "2", "3"]
+
+
+# --- 01 ---
+
+
+def test_01_2_nineteen_views(do):
+    do("01", {"views=9": "views=19", "np.repeat(image, 9": "np.repeat(image, 19"},
+       until="np.repeat(image", check="assert views.shape == (19, 32, 32, 3)")
+
+
+def test_01_2_two_of_nineteen_views_probably_agree():
+    none = np.prod(1 - np.arange(10) / 81) * np.prod(1 - np.arange(9) / 81)
+    assert 0.5 < 1 - none < 0.75
+
+
+def test_01_3_the_statistics_of_all_images_are_nearly_those_of_the_training_part():
+    dataset = kdlib.load_dataset()
+    every = np.concatenate([dataset.x_train, dataset.x_val, dataset.x_test])
+    for statistic in (np.mean, np.std):
+        assert abs(statistic(every[:, ::4]) - statistic(dataset.x_train[:, ::4])) < 0.5
+
+
+# --- 02 ---
+
+
+def test_02_1_parameters_of_a_convolution():
+    layer = keras.layers.Conv2D(128, 3, use_bias=False)
+    layer.build((None, 8, 8, 64))
+    assert f"{layer.count_params():,}" in exercises("02")
+
+
+def test_02_2_sgd_in_place_of_muon(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    (call,) = re.findall(r"`(kdlib\.train_or_load\(.*?)`", exercises("02"))
+    run = eval(call, {"kdlib": kdlib, "replace": replace,
+                      "digits": kdlib.load_dataset("digits")})
+    digits = TABLE[(TABLE.dataset == "digits") & (TABLE.seed == 0)].set_index("method")
+    assert run.row["test_accuracy"] == pytest.approx(
+        digits.test_accuracy["scratch-sgd"], abs=0.03)
+    behind = digits.test_accuracy["scratch"] - digits.test_accuracy["scratch-sgd"]
+    assert 0.08 < behind < 0.12  # "about ten points"
+
+
+def test_02_3_validation_is_above_training_in_the_early_epochs():
+    history = json.loads((ROOT / "reference" / "cifar10-teacher-seed0.json").read_text())["history"]
+    assert history["val_accuracy"][0] > history["accuracy"][0]
+
+
+# --- 03 ---
+
+
+def test_03_1_a_hard_label_has_no_entropy():
+    assert scipy.special.entr(np.eye(10)).sum() == 0
+
+
+def test_03_2_half_a_degree(do):
+    do("03", {"TEMPERATURES = (1,": "TEMPERATURES = (0.5, 1,",
+              "plt.subplots(4, 7": "plt.subplots(4, 8"},
+       check="""sharp, plain = (np.asarray(soften(logits, t)).max(-1) for t in (0.5, 1))
+assert len(TEMPERATURES) == 6 and (sharp >= plain).all()""")
+
+
+def test_03_3_a_temperature_keeps_the_order():
+    logits = np.random.default_rng(0).normal(0, 5, (100, 10))
+    for temperature in (0.5, 4, 16):
+        soft = np.asarray(kdlib.soften(logits, temperature))
+        np.testing.assert_array_equal(soft.argsort(-1), logits.argsort(-1))
+
+
+# --- 04 ---
+
+
+def test_04_1_a_constant_added_to_all_logits():
+    logits = np.random.default_rng(0).normal(0, 5, (100, 10)).astype("float32")
+    loss = kdlib.distillation_loss(
+        teacher_logits=logits, student_logits=logits + 7, temperature=4)
+    assert float(loss) == pytest.approx(0, abs=1e-5)
+    hard = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    labels = np.arange(100) % 10
+    assert float(hard(labels, logits)) == pytest.approx(float(hard(labels, logits + 7)), rel=1e-4)
+
+
+def test_04_2_a_student_that_never_sees_a_label(do):
+    do("04", {'train_or_load("distilled"': 'train_or_load("distilled-no-labels"',
+              "temperature=TEMPERATURE, alpha=ALPHA)": "temperature=TEMPERATURE, alpha=0.0)"},
+       until='train_or_load("distilled',
+       check="assert run.row['alpha'] == 0 and run.row['test_accuracy'] > 0.9")
+    digits = TABLE[TABLE.dataset == "digits"].groupby("method").test_accuracy.mean()
+    assert abs(digits["distilled"] - digits["distilled-no-labels"]) < 0.02  # "nearly as good"
+
+
+def test_04_3_what_the_student_must_not_leave_out():
+    teacher, student = np.log([[0.5, 0.5], [0.99, 0.01]])[:, None]
+    right = kdlib.distillation_loss(teacher_logits=teacher, student_logits=student, temperature=1)
+    other = kdlib.distillation_loss(teacher_logits=student, student_logits=teacher, temperature=1)
+    assert float(right) > 2 * float(other)
+
+
+# --- 05 ---
+
+
+@pytest.mark.parametrize("shared, wider", [(0.8, True), (0.0, False)])
+def test_05_1_pairs_help_where_a_seed_is_good_for_both(shared, wider):
+    rng = np.random.default_rng(0)
+    seed, other_seed = rng.normal(size=(2, 100_000))
+    luck = np.sqrt(1 - shared**2) * rng.normal(size=(2, 100_000))
+    paired = (shared * seed + luck[0]) - (shared * seed + luck[1])
+    unpaired = (shared * seed + luck[0]) - (shared * other_seed + luck[1])
+    assert abs(paired.mean() - unpaired.mean()) < 0.03
+    assert (unpaired.std() > 1.2 * paired.std()) == wider
+
+
+def test_05_2_the_pairs_by_nll(do):
+    cifar10 = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(["scratch", "distilled"])]
+    nll = cifar10.pivot(index="seed", columns="method", values="nll")
+    assert (nll.scratch < nll.distilled).sum() == 4  # "in four pairs of five"
+    do("05", {'values="test_accuracy")': 'values="nll")'}, until='values="test_accuracy")',
+       check="assert len(pairs) == 5 and (pairs[list(METHODS)] > 0).all().all()")
+
+
+def test_05_3_the_best_epoch_is_too_good_by_different_amounts():
+    excess = []
+    for method in ("distilled", "scratch"):
+        for path in (ROOT / "reference").glob(f"cifar10-{method}-seed?.json"):
+            history = json.loads(path.read_text())["history"]["val_accuracy"]
+            excess.append(max(history) - history[-1])
+    assert np.mean(excess) > 0 and len(set(excess)) > 1
+
+
+# --- 06 ---
+
+
+def test_06_1_logits_twice_as_large():
+    logits = np.random.default_rng(0).normal(0, 5, (100, 10)).astype("float32")
+    np.testing.assert_array_equal(kdlib.soften(2 * logits, 2), kdlib.soften(logits, 1))
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+def test_06_2_a_map_of_the_calibration_error(do):
+    do("06", {'values="val_accuracy")': 'values="ece")'}, until='values="val_accuracy")',
+       check="assert grid.drop(columns=1.0).max().max() < 10", KD_DATASET="cifar10")
+    map_ = TABLE[(TABLE.dataset == "cifar10") & (TABLE.method == "distilled-5-epochs")
+                 & (TABLE.seed == 0)].set_index(["temperature", "alpha"]).ece
+    assert map_[1.0].max() < 0.03 and 0.05 < map_[16.0, 0.0] < 0.07
+    assert map_.idxmax()[0] >= 8 and map_.idxmax()[1] <= 0.1
+
+
+def test_06_3_the_best_of_many_noisy_numbers_is_too_good():
+    cells = np.random.default_rng(0).normal(85, 0.2, (10_000, 30))
+    assert cells.max(axis=1).mean() > 85.3
+
+
+# --- 07 ---
+
+
+def test_07_1_what_a_test_for_a_positive_loss_finds():
+    z, w = np.random.default_rng(0).normal(0, 3, (2, 2000, 10)).astype("float32")
+    p, q = (np.asarray(kdlib.soften(logits, 4)) for logits in (z, w))
+    loss = keras.losses.get("kl_divergence")
+    default = np.asarray(loss(z / 4, w / 4))
+    assert (default < 0).any() and (default > 0).any()  # 2: sometimes negative
+    assert (p * (np.log(p) - q)).sum(-1).mean() < 0  # 6: without a logarithm
+    shrunken = kdlib.distillation_loss(teacher_logits=z, student_logits=w, temperature=4) / 16
+    assert float(shrunken) > 0  # 1
+    assert float(ops.mean(ops.sum(p + q, axis=-1))) == pytest.approx(2, abs=1e-5)  # 7
+
+
+def test_07_2_and_3_a_whole_batch_and_stored_answers_out_of_step(do):
+    do("07", {"dataset.x_train[dataset.y_train == 1][:50]": "dataset.x_train[:50]"},
+       until='mixed = {alpha',
+       check="""assert abs(accuracy(careless) - before) < 0.04  # 2: it does not forget
+assert mixed[0.9].row["test_accuracy"] > 0.8 > 0.3 > mixed[0.1].row["test_accuracy"]  # 3""")
