@@ -35,7 +35,7 @@ for _, pair in pairs[["scratch", "distilled"]].dropna().iterrows():
         right.plot(method, pair[method], kdlib.MARKERS[method], color=kdlib.COLOURS[method],
                    markersize=8)
 right.margins(x=0.4)
-right.set(ylabel="test accuracy (%)", title="Five pairs, one seed a pair (axis enlarged)")
+right.set(ylabel="test accuracy (%)", title="Five pairs (axis enlarged)")
 for ax in (left, right):
     sns.despine(ax=ax)
 fig.savefig(kdlib.REFERENCE / "results.png", dpi=120)

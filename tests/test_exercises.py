@@ -65,6 +65,11 @@ def test_three_exercises_with_their_answers(path):
 # --- 01 ---
 
 
+def test_01_1_the_figure_that_tells():
+    (number,) = re.findall(r"Figure (\d\.\d)", exercises("01"))
+    assert f"*Figure {number}: confusion matrix" in (NOTEBOOKS / "02_teacher.ipynb").read_text()
+
+
 def test_01_2_nineteen_views(do):
     do("01", {"views=9": "views=19", "np.repeat(image, 9": "np.repeat(image, 19"},
        until="np.repeat(image", check="assert views.shape == (19, 32, 32, 3)")

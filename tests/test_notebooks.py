@@ -112,6 +112,18 @@ def test_shape(path):
 
 
 @each_notebook
+def test_headings_in_order_and_a_caption_below_each_figure(path):
+    prose = "\n".join(source(cell) for cell in cells(path, "markdown"))
+    levels = [len(marks) for marks in re.findall(r"^(#+) ", prose, re.MULTILINE)]
+    assert levels[0] == 1 and levels.count(1) == 1
+    assert all(below <= above + 1 for above, below in zip(levels, levels[1:], strict=False))
+    for cell, after in zip(cells(path), cells(path)[1:], strict=False):
+        figures = [o for o in cell.get("outputs", []) if "image/png" in o.get("data", {})]
+        if figures:
+            assert source(after).startswith("*Figure "), source(cell)[-200:]
+
+
+@each_notebook
 def test_links_resolve(path):
     for cell in cells(path, "markdown"):
         for link in re.findall(r"\]\((?!https?:)([^)#]+)", source(cell)):
