@@ -1,7 +1,8 @@
 """Knowledge distillation with Keras 3, small enough to read in one sitting.
 
-Sections: data, models, losses, distiller, training, plots. The losses are written
-with ``keras.ops`` and run on every Keras backend; training uses TensorFlow.
+Sections: data, models, losses, distiller, training, plots. The losses are written with
+``keras.ops`` and run on every Keras backend, the Distiller on TensorFlow and PyTorch; all
+else uses TensorFlow, whose log this module quietens.
 
     teacher = kdlib.build_teacher()
     student = kdlib.build_student()
@@ -13,10 +14,12 @@ with ``keras.ops`` and run on every Keras backend; training uses TensorFlow.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
 import numbers
+import operator
 import os
 import platform
 import time
@@ -30,14 +33,27 @@ from pathlib import Path
 # TensorFlow's C++ libraries greet on stderr before they heed any log level, and every reader
 # would find that under the first cell. So: no stderr while they load.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-_stderr, _nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-os.dup2(_nowhere, 2)
-try:
+
+
+@contextlib.contextmanager
+def _without_stderr():
+    try:
+        kept = os.dup(2)
+    except OSError:  # closed, so there is nothing to hold back
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+with _without_stderr():
     import tensorflow as tf
-finally:
-    os.dup2(_stderr, 2)
-    os.close(_stderr)
-    os.close(_nowhere)
 
 tf.get_logger().setLevel("ERROR")  # a new model is a new graph: no warning is due
 
@@ -78,13 +94,14 @@ PIXEL_STD = (62.99, 62.09, 66.70)
 class Dataset:
     """Images and labels, split once and for all.
 
-    Images are uint8 of shape (N, 32, 32, 3), labels int32 of shape (N,); a training label of
-    -1 is unknown: a distilled student learns from its image all the same.
+    Images are uint8 of shape (N, height, width, channels), here (N, 32, 32, 3), labels int32
+    of shape (N,); a training label of -1 is unknown: a distilled student learns from its
+    image all the same.
     Settings are chosen on ``val``; ``test`` is looked at once per reported run.
 
     Raises:
-        ValueError: images that are no raw pixels, labels that fit neither them nor the
-            class names.
+        ValueError: images that are no raw pixels or not all of one size, no images at all,
+            labels that fit neither them nor the class names.
     """
 
     name: str
@@ -103,6 +120,11 @@ class Dataset:
                 raise ValueError(
                     f"x_{part} is {_described(x)}: give raw pixels, uint8 of shape (images, "
                     "height, width, channels) in 0 to 255; the models normalise them."
+                )
+            if not len(x) or x.shape[1:] != self.x_train.shape[1:]:
+                raise ValueError(
+                    f"x_{part} is {_described(x)}, x_train {_described(self.x_train)}: each part "
+                    "needs one image or more, all of one size."
                 )
             low, high = -1 if part == "train" else 0, len(self.class_names) - 1
             whole = isinstance(y, np.ndarray) and y.shape == (len(x),) and y.dtype.kind in "iu"
@@ -458,11 +480,12 @@ class Distiller(keras.Model):
     ``loss = alpha * student_loss + (1 - alpha) * distillation_loss`` (+ the student's
     regularisers, if it has any, with weight one)
 
-    compile, fit, evaluate and predict work as in Keras. ``fit(images, labels)`` asks the
-    teacher live; ``fit((images, teacher_logits), labels)`` uses answers computed before.
+    compile, fit, evaluate and predict work as in Keras, on TensorFlow and PyTorch.
+    ``fit(images, labels)`` asks the teacher live; ``fit((images, teacher_logits), labels)``
+    uses answers computed before (so the images have to be one tensor).
     The teacher runs with ``training=False``, outside the gradient tape; none of its
-    weights belong to this model. ``save`` saves the student alone, and the student alone is
-    evaluated without a teacher: ``student.compile(...)``, ``student.evaluate(...)``.
+    weights belong to this model. ``save`` saves the student alone; for its weights, for
+    ``export``, or to evaluate it without a teacher, use ``student`` itself.
     A ``sample_weight`` weighs the student_loss only: 0 marks an image without a label (its
     label may be any valid class number).
 
@@ -474,13 +497,19 @@ class Distiller(keras.Model):
 
     Raises:
         TypeError, ValueError: a bad temperature or alpha, a model that visibly ends in a
-            softmax or sigmoid, or models with different numbers of classes. A student
-            larger than its teacher is warned about.
+            softmax or sigmoid, models with different numbers of classes or with weights in
+            common. A student larger than its teacher is warned about.
+        NotImplementedError: Keras runs on JAX, whose training steps carry their state.
 
     Source: Hinton, Vinyals, Dean 2015, section 2.
     """
 
     def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1):
+        if keras.config.backend() == "jax":
+            raise NotImplementedError(
+                "Keras runs on jax: Distiller needs tensorflow or torch (KERAS_BACKEND); "
+                "distillation_loss runs on each."
+            )
         super().__init__(name="distiller")
         self._temperature = _check_temperature(temperature)
         self._alpha = _check_alpha(alpha)
@@ -490,6 +519,12 @@ class Distiller(keras.Model):
             raise ValueError(
                 f"teacher gives {taught} logits, student {learned}: both need the same classes, "
                 "in the same order."
+            )
+        if {id(w) for w in student.weights} & {id(w) for w in teacher.weights}:
+            raise ValueError(
+                "student and teacher share weights, so that the student's training would change "
+                "the teacher: give it a copy, keras.models.clone_model(teacher) with "
+                "copy.set_weights(teacher.get_weights())."
             )
         if student.count_params() > teacher.count_params():
             warnings.warn(
@@ -508,26 +543,45 @@ class Distiller(keras.Model):
     temperature = property(lambda self: self._temperature)
     alpha = property(lambda self: self._alpha)
 
-    def compile(self, optimizer="rmsprop", loss=None, *, metrics=("accuracy",), **kwargs):
-        """As Keras's; the loss is the student_loss, by default cross-entropy from logits."""
+    def compile(self, optimizer="rmsprop", loss=None, *, metrics=None, weighted_metrics=None,
+                loss_weights=None, **kwargs):
+        """As Keras's; the loss is the student_loss, by default cross-entropy from logits.
+
+        Without metrics: the accuracy, in which an image counts as its sample_weight says.
+        """
         loss = loss or keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        config = loss.get_config() if isinstance(loss, keras.losses.Loss) else {}
-        if isinstance(loss, str) or config.get("from_logits") is False:
+        if not isinstance(loss, keras.losses.Loss) or (
+            loss.get_config().get("from_logits") is False
+        ):
             raise ValueError(
-                f"loss is {loss!r}, which takes its input for probabilities, but the student "
+                f"loss is {loss!r}, which may take its input for probabilities, but the student "
                 "gives logits: pass a keras.losses object with from_logits=True."
             )
-        metrics = list(metrics) if isinstance(metrics, tuple) else metrics
-        super().compile(optimizer=optimizer, loss=loss, metrics=metrics, **kwargs)
+        if loss_weights is not None:
+            raise ValueError(
+                f"loss_weights are {loss_weights!r}: the two losses are weighed by alpha."
+            )
+        if metrics is None and weighted_metrics is None:
+            weighted_metrics = ["accuracy"]
+        super().compile(optimizer=optimizer, loss=loss, metrics=metrics,
+                        weighted_metrics=weighted_metrics, **kwargs)
 
     def fit(self, x=None, y=None, *args, **kwargs):
-        """As Keras's; labels that no class has are named before the training begins."""
+        """As Keras's; in arrays, impossible labels and logits are named before it begins."""
         if hasattr(y, "min") and len(y) and self._classes and not (
             y.min() >= 0 and y.max() < self._classes
         ):
             raise ValueError(
                 f"labels go from {y.min()} to {y.max()}, but there are {self._classes} classes: "
                 f"give class numbers from 0 to {self._classes - 1}."
+            )
+        logits = x[1] if isinstance(x, (tuple, list)) and len(x) == 2 else None
+        if hasattr(logits, "min") and logits.min() >= 0 and (
+            abs(logits.sum(axis=-1) - 1).max() < 1e-3
+        ):
+            raise ValueError(
+                "teacher_logits are probabilities (none is negative, and each row sums to 1): "
+                "give the teacher's outputs before its softmax."
             )
         return super().fit(x, y, *args, **kwargs)
 
@@ -560,15 +614,20 @@ class Distiller(keras.Model):
         return x if isinstance(x, (tuple, list)) else (x, self._ask_teacher(x))
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        # Keras divides a loss by the number of TensorFlow's replicas, and sums gradients.
+        strategy = getattr(self, "distribute_strategy", None)
+        replicas = strategy.num_replicas_in_sync if strategy else 1
         regularisers = sum(self.losses)
-        student_loss = super().compute_loss(x, y, y_pred, sample_weight, training) - regularisers
+        keras_loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        student_loss = replicas * keras_loss - regularisers
         distilled = distillation_loss(
             teacher_logits=self._pair(x)[1], student_logits=y_pred, temperature=self.temperature
         )
         batch = ops.shape(y_pred)[0]  # the last batch may be smaller, and counts for less
         self._student_loss.update_state(student_loss, sample_weight=batch)
         self._distillation_loss.update_state(distilled, sample_weight=batch)
-        return self.alpha * student_loss + (1 - self.alpha) * distilled + regularisers
+        loss = self.alpha * student_loss + (1 - self.alpha) * distilled + regularisers
+        return loss / replicas
 
     def save(self, filepath, **kwargs):
         """Save the student alone, as ``student.save`` would: that is what one ships."""
@@ -578,8 +637,18 @@ class Distiller(keras.Model):
 def _check_gives_logits(role: str, model) -> int | None:
     """The number of classes, where the model knows it (a subclassed one does not)."""
     if not isinstance(model, keras.Model) or not model.built:
-        raise TypeError(f"{role} is a {type(model).__name__}: give a built Keras model.")
+        raise TypeError(
+            f"{role} is a {type(model).__name__}: give a built Keras model. A file becomes one "
+            "by keras.saving.load_model, an unbuilt model by a call on a batch of images; of "
+            "what train_or_load returns it is .model."
+        )
     shape = getattr(model, "output_shape", None)
+    one = isinstance(shape, tuple) and all(isinstance(n, (int, type(None))) for n in shape)
+    if isinstance(getattr(model, "output", None), dict) or not (one or shape is None):
+        raise ValueError(
+            f"{role} gives several outputs, or a dictionary ({shape}): make a model of its logits "
+            "alone, keras.Model(model.inputs, model.outputs[0])."
+        )
     if shape is not None and (len(shape) != 2 or shape[-1] is None or shape[-1] < 2):
         raise ValueError(
             f"{role} gives outputs of shape {shape}: distillation needs logits of shape "
@@ -591,9 +660,8 @@ def _check_gives_logits(role: str, model) -> int | None:
     ):
         raise ValueError(
             f"{role} ends in a softmax or sigmoid ({last.name!r}): distillation needs logits. "
-            "Build its last layer with activation=None; a trained Dense layer becomes linear by "
-            "model.layers[-1].activation = keras.activations.linear, and a Softmax layer is cut "
-            "off by keras.Model(model.inputs, model.layers[-2].output)."
+            "Build the same model without that last activation, and give it the trained weights: "
+            "new.set_weights(model.get_weights())."
         )
     return shape and shape[-1]
 
@@ -629,7 +697,17 @@ class Recipe:
     views: int = 20  # of each image; epoch e shows view e modulo views. 0: always new ones, by
     # which a distilled run has to ask its teacher live
     shift: int = 4  # pixels
-    flip: bool = True
+    flip: bool = True  # not for digits or letters
+
+    def __post_init__(self):
+        for name, lowest in (("epochs", 1), ("batch_size", 1), ("views", 0), ("shift", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, numbers.Integral) or value < lowest:
+                raise ValueError(f"{name} is {value!r}: give a whole number from {lowest} on.")
+        if not 0 <= self.warmup < 1:
+            raise ValueError(f"warmup is {self.warmup}: give a part of all steps, below 1.")
+        if not self.learning_rate >= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}: it cannot be negative.")
 
 
 RECIPES = {
@@ -650,7 +728,10 @@ class Run:
 
 
 def recipe_for(dataset: Dataset, method: str) -> Recipe:
-    """The published recipe of a dataset for ``"teacher"`` or any student method."""
+    """The published recipe of a dataset for ``"teacher"`` or any student method.
+
+    A dataset of one's own has CIFAR-10's, which mirrors images: see Recipe.flip.
+    """
     role = _role(method)
     return RECIPES.get((dataset.name, role), RECIPES["cifar10", role])
 
@@ -675,7 +756,7 @@ def train_or_load(
             your own behind a dash: ``"distilled-adam"``.
         build: function without arguments that returns a Keras model with logits out, new
             or loaded from a file to be trained further; by default build_teacher or
-            build_student.
+            build_student, which take images of 32 x 32 x 3 and have ten classes.
         teacher: needed by a distilled run; the others use it only to measure agreement.
         temperature, alpha: see Distiller; only a distilled run uses them.
         recipe: by default ``recipe_for(dataset, method)``.
@@ -684,7 +765,8 @@ def train_or_load(
             the teacher's answers before the student sees them, as ``without_dark_knowledge``.
 
     Raises:
-        ValueError: an unknown method, a distilled run without a teacher, a bad recipe.
+        TypeError, ValueError: an unknown method, a distilled run without a teacher, a bad
+            recipe; a model whose classes are not the dataset's, or that Keras cannot load.
         RuntimeError: the run is under way in another process, or was begun with other
             versions of the libraries.
     """
@@ -697,13 +779,17 @@ def train_or_load(
     distilled = kind == "distilled"
     if distilled and teacher is None:
         raise ValueError(f"teacher is None, but method is {method!r}: pass a trained teacher.")
-    recipe = recipe or recipe_for(dataset, method)
+    if teacher is not None:
+        _check_gives_logits("teacher", teacher)
+    recipe, seed = recipe or recipe_for(dataset, method), operator.index(seed)
     if rewrite is not None and not (distilled and recipe.views):
         raise ValueError(
             "rewrite changes a teacher's stored answers: it goes with a distilled run whose "
             f"recipe has views > 0, but method is {method!r} and recipe.views {recipe.views}."
         )
-    if not 0 < recipe.batch_size <= len(dataset.y_train):
+    if rewrite is not None and dataset.y_train.min() < 0:
+        raise ValueError("rewrite needs every label, but some in y_train are -1, unknown.")
+    if recipe.batch_size > len(dataset.y_train):
         raise ValueError(
             f"recipe.batch_size is {recipe.batch_size}: choose 1 to {len(dataset.y_train)}, "
             "the number of training images."
@@ -715,8 +801,11 @@ def train_or_load(
         keras.utils.set_random_seed(seed)
         return build()
 
-    model = first_weights()
-    _check_gives_logits(_role(method), model)
+    model, classes = first_weights(), len(dataset.class_names)
+    if (given := _check_gives_logits(_role(method), model)) not in (None, classes):
+        raise ValueError(
+            f"build gives a model of {given} logits, but {dataset.name} has {classes} classes."
+        )
     spec = {
         "kdlib": __version__, "dataset": dataset.name, "data": dataset.digest, "method": method,
         "seed": seed, "architecture": _architecture_digest(model), **asdict(recipe),
@@ -724,7 +813,7 @@ def train_or_load(
         "temperature": _check_temperature(temperature) if distilled else None,
         "alpha": _check_alpha(alpha) if distilled else None,
         "teacher": _model_digest(teacher) if distilled else None,
-        **({"rewrite": _behaviour_digest(rewrite)} if rewrite else {}),
+        **({"rewrite": _behaviour_digest(rewrite, classes)} if rewrite else {}),
     }
     name = f"{dataset.name}-{method}-seed{seed}"
     folder = runs_folder() / f"{name}-{_digest(_json(spec))[:10]}"
@@ -737,7 +826,9 @@ def train_or_load(
         with filelock.FileLock(folder / "lock").acquire(timeout=0):
             if (run := _load_run(folder / "model", spec, dataset, teacher)) is not None:
                 return run  # another process has just finished it
-            model = first_weights()  # looking for the run may have drawn random numbers
+            first, model = model, first_weights()  # the search may have drawn random numbers
+            if not own:
+                _check_build(first, model, folder)
             history = _train(model, dataset, teacher if distilled else None, recipe, spec, folder,
                              rewrite)
             return _finish(model, history, dataset, teacher, spec, folder)
@@ -745,6 +836,26 @@ def train_or_load(
         raise RuntimeError(
             f"the run {folder.name} is under way in another process: wait for it, or stop it."
         ) from None
+
+
+def _check_build(first, second, folder: Path) -> None:
+    """Before the training: what ``build`` returned is new, and can be loaded afterwards."""
+    if first is second:
+        raise ValueError(
+            "build returned one and the same model twice: let it build a new one, or load it."
+        )
+    path = folder / "aside-first.keras"
+    try:
+        first.save(path)
+        keras.saving.load_model(path, compile=False)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"Keras cannot load back what build returns ({reason}): build it from Keras's own "
+            "layers, or register its classes with keras.saving.register_keras_serializable."
+        ) from None
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def runs_folder() -> Path:
@@ -795,7 +906,8 @@ def _train(model, dataset, teacher, recipe, spec, folder, rewrite) -> dict[str, 
                 callbacks=[keeper],
             )
         finally:
-            keeper.bar.close()
+            if keeper.bar is not None:
+                keeper.bar.close()
     model.set_weights(fast.get_weights())
     return keeper.history
 
@@ -985,10 +1097,10 @@ def with_shuffled_dark_knowledge(logits, labels, temperature: float):
     return shuffled
 
 
-def _behaviour_digest(rewrite) -> str:
+def _behaviour_digest(rewrite, classes: int) -> str:
     """What a function does to some fixed logits: its name or source would say less."""
-    logits = np.random.default_rng(0).normal(0, 4, (200, 10))
-    return _digest(np.round(rewrite(logits, np.arange(200) % 10, 4.0), 2))
+    logits = np.random.default_rng(0).normal(0, 4, (200, classes))
+    return _digest(np.round(rewrite(logits, np.arange(200) % classes, 4.0), 2))
 
 
 def predict_logits(model, images: np.ndarray) -> np.ndarray:
@@ -1008,7 +1120,7 @@ class _StateKeeper(keras.callbacks.Callback):
         super().__init__()
         self.folder, self.epochs, self.steps = folder, epochs, steps
         self.meta = {"spec": json.loads(_json(spec)), "versions": _versions()}
-        self.epoch, self.history, self.postfix = 0, {}, {}
+        self.epoch, self.history, self.postfix, self.bar = 0, {}, {}, None
 
     def restore(self, trainer) -> None:
         trainer.optimizer.build(trainer.trainable_variables)

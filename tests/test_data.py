@@ -233,3 +233,10 @@ def test_views_are_a_function_of_image_and_number():
     assert (many[..., 2].sum(0) >= 2).all()  # flips alternate
     assert many[..., :2].min() == -4 and many[..., :2].max() == 4
     assert not kdlib.view_codes(images=50, views=2, shift=0, flip=False).any()
+
+
+def test_a_part_without_images_or_of_another_size():
+    digits = kdlib.load_dataset("digits")
+    for x, y in ((digits.x_val[:0], digits.y_val[:0]), (digits.x_val[:, :16], digits.y_val)):
+        with pytest.raises(ValueError, match="x_val is uint8 .* x_train .*of one size"):
+            replace(digits, x_val=x, y_val=y)

@@ -2,6 +2,7 @@
 
 import kdlib  # isort: skip
 import json
+import os
 from dataclasses import replace
 
 import keras
@@ -362,6 +363,54 @@ def test_a_batch_larger_than_the_data(data):
         train(data, recipe=replace(RECIPE, batch_size=61))
 
 
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("epochs", 1.5), ("batch_size", 0), ("views", -1), ("shift", -1),
+    ("warmup", 1), ("learning_rate", -1)])
+def test_a_recipe_that_cannot_be_followed(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        replace(RECIPE, **{name: value})
+
+
+def test_a_model_of_other_classes_than_the_data(data):
+    with pytest.raises(ValueError, match="build gives a model of 12 logits, but digits has 10"):
+        train(data, build=lambda: tiny(classes=12))
+
+
+def test_a_run_in_place_of_its_model_as_the_teacher(data):
+    with pytest.raises(TypeError, match="teacher is a Run.*is .model"):
+        train(data, teacher=train(data, method="teacher"))
+
+
+def test_a_build_that_builds_nothing_new(data):
+    model = tiny()
+    with pytest.raises(ValueError, match="build returned one and the same model twice"):
+        train(data, build=lambda: model)
+
+
+def test_a_model_that_keras_could_not_load_back(data):
+    class Own(keras.layers.Dense):
+        pass
+
+    def build():
+        inner = tiny()
+        return keras.Model(inner.inputs, Own(10)(inner.layers[-2].output))
+
+    with pytest.raises(ValueError, match="cannot load back what build returns.*register"):
+        train(data, build=build)
+
+
+def test_controls_need_every_label(data):
+    hidden = replace(data, y_train=np.where(np.arange(60) < 9, -1, data.y_train))
+    with pytest.raises(ValueError, match="rewrite needs every label"):
+        train(hidden, method="distilled", teacher=tiny(8), rewrite=kdlib.without_dark_knowledge)
+
+
+def test_a_seed_may_be_a_numpy_number_and_no_fraction(data):
+    assert_same_weights(train(data, seed=np.int64(3)), train(data, seed=3))
+    with pytest.raises(TypeError):
+        train(data, seed=0.5)
+
+
 def test_a_bad_kd_retrain(data, monkeypatch):
     monkeypatch.setenv("KD_RETRAIN", "false")
     with pytest.raises(ValueError, match="KD_RETRAIN is 'false'"):
@@ -471,6 +520,7 @@ def test_fused_norm_reaches_into_nested_models():
 
 # --- what is published ---
 
+CIFAR10 = kdlib.ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 PUBLISHED = sorted(path.stem for path in kdlib.REFERENCE.glob("*.json"))
 
 
@@ -501,13 +551,17 @@ def test_publishing_with_and_without_weights(data, monkeypatch, tmp_path):
     assert train(data, method="teacher").row["method"] == "teacher"
 
 
-@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")])
+@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
+                         + ["cifar10-distilled-100-epochs-seed0"])
 def test_published_weights_give_the_published_figures(stem):
-    digits = kdlib.load_dataset("digits")
-    teacher = keras.saving.load_model(kdlib.REFERENCE / "digits-teacher-seed0.keras")
+    name = stem.split("-")[0]
+    if name == "cifar10" and not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
+    dataset = kdlib.load_dataset(name)
+    teacher = keras.saving.load_model(kdlib.REFERENCE / f"{name}-teacher-seed0.keras")
     row = json.loads((kdlib.REFERENCE / f"{stem}.json").read_text())["row"]
     model = keras.saving.load_model(kdlib.REFERENCE / f"{stem}.keras")
-    got = kdlib.measure(model, digits, None if row["method"] == "teacher" else teacher)
+    got = kdlib.measure(model, dataset, None if row["method"] == "teacher" else teacher)
     for key, value in got.items():
         if value is not None:
             assert row[key] == pytest.approx(value, abs=0.003), key
