@@ -182,7 +182,8 @@ def load_dataset(name: str | None = None) -> Dataset:
     except FileNotFoundError as error:
         if name == "cifar10":
             raise
-        print(f"NOTICE: no CIFAR-10 here, so everything below runs on DIGITS.\n{error}")
+        print("NOTICE: no CIFAR-10 here, so everything below runs on DIGITS; there is nothing you "
+              f"have to do.\n{error}")
         return _digits()
 
 
@@ -194,12 +195,13 @@ def _cifar10() -> Dataset:
         try:
             (a, b), (c, d) = keras.datasets.cifar10.load_data()
         except Exception as error:  # whatever a network can do
-            reason = " ".join(repr(error).split())[:100]
+            reason = " ".join(str(error).rpartition(" -- ")[2].split()) or type(error).__name__
             raise FileNotFoundError(
                 f"There is no {path.name} in KD_DATA_DIR, and the download failed "
                 f"({reason}). Three ways out: put cifar10.npz (x_train, y_train, x_test, "
                 "y_test) into a folder and set KD_DATA_DIR to it; connect to the internet "
-                "and run this again; or set KD_DATASET=digits to stay offline."
+                "and run this again; or stay offline with KD_DATASET=digits (both are set in "
+                "front of the command that starts Jupyter)."
             ) from None
         arrays = dict(x_train=a, y_train=b.ravel(), x_test=c, y_test=d.ravel())
     # pop: each array is 150 MB, and none is kept longer than its sorted copy needs it.

@@ -24,8 +24,15 @@ for place, method in enumerate(LABELS):
     left.plot(ORIGINAL[method], place, "|", color="black", markersize=14, markeredgewidth=2)
     left.plot(values, [place] * len(values), kdlib.MARKERS[method], color=colour, alpha=0.6)
     left.text(values.max() + 0.8, place, f"{values.mean():.2f} %", va="center", color=colour)
+    patient = 100 * table[table.method == f"{method}-100-epochs"].test_accuracy
+    if len(patient):
+        left.plot(patient, [place + 0.3] * len(patient), kdlib.MARKERS[method], color=colour,
+                  fillstyle="none")
+        left.text(patient.max() + 0.8, place + 0.3, f"{patient.mean():.2f} % (100 epochs)",
+                  va="center", color=colour, fontsize=9)
     left.text(ORIGINAL[method], place - 0.2, f"{ORIGINAL[method]} %", ha="center", fontsize=9)
-left.set(yticks=range(3), yticklabels=LABELS.values(), xlim=(60, 98), ylim=(2.5, -0.65),
+left.set(yticks=range(3), yticklabels=LABELS.values(), ylim=(2.6, -0.65), xlim=(60, 103),
+         xticks=range(60, 101, 10),
          xlabel="test accuracy (%)",
          title="CIFAR-10: the original course (bar), this course (symbols)")
 pairs = 100 * table.pivot_table(index="seed", columns="method", values="test_accuracy")

@@ -90,6 +90,7 @@ def test_outputs_are_clean(path):
         assert output.get("name") != "stderr", text_of(output)
         text = text_of(output)
         assert not re.search(r"0x[0-9a-f]{6,}", text), text
+        assert "%|" not in text, "a progress bar that stands still"
         assert not re.search(r"/(home|root|tmp|work|Users|usr)/", text), text
     assert path.stat().st_size < 500_000
 
