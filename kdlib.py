@@ -1154,7 +1154,7 @@ class _StateKeeper(keras.callbacks.Callback):
 
     def on_train_begin(self, logs=None):
         self.bar = tqdm(total=self.epochs * self.steps, initial=self.epoch * self.steps,
-                        unit="step", desc=self.meta["spec"]["method"])
+                        unit="step", desc=self.meta["spec"]["method"], leave=False)
 
     def on_epoch_begin(self, epoch, logs=None):
         self.started = time.perf_counter()

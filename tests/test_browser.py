@@ -39,7 +39,7 @@ OUTPUTS = """() => {
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, notebook_runs):
     """JupyterLab as the README starts it, on a copy: a notebook that is run saves itself."""
     folder = tmp_path_factory.mktemp("lab")
     for name in ("notebooks", "reference"):
@@ -54,7 +54,7 @@ def lab(tmp_path_factory):
     (settings / "notification.jupyterlab-settings").write_text(
         json.dumps({"fetchNews": "false", "checkForUpdates": False}))
     environment = {
-        **os.environ, "KD_DATASET": "digits", "KD_RETRAIN": "0", "KD_RUNS_DIR": "runs",
+        **os.environ, "KD_DATASET": "digits", "KD_RETRAIN": "0", "KD_RUNS_DIR": str(notebook_runs),
         "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),
         "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"),
         "JUPYTERLAB_WORKSPACES_DIR": str(folder / "workspaces"),

@@ -22,12 +22,6 @@ CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
-@pytest.fixture(scope="session")
-def runs(tmp_path_factory):
-    """One runs folder for all notebooks, so that each model is trained once."""
-    return tmp_path_factory.mktemp("runs")
-
-
 def run_nbval(flag, path, **environment):
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", flag,
@@ -41,9 +35,9 @@ def run_nbval(flag, path, **environment):
 
 
 @each_notebook
-def test_trained_for_real_on_digits(path, runs):
+def test_trained_for_real_on_digits(path, notebook_runs):
     run_nbval(
-        "--nbval-lax", path, KD_DATASET="digits", KD_RETRAIN="1", KD_RUNS_DIR=str(runs)
+        "--nbval-lax", path, KD_DATASET="digits", KD_RETRAIN="1", KD_RUNS_DIR=str(notebook_runs)
     )
 
 
