@@ -1,6 +1,12 @@
 """What several test files share."""
 
+import os
+from pathlib import Path
+
 import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 
 
 @pytest.fixture(scope="session")

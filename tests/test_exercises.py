@@ -14,12 +14,12 @@ import pandas as pd
 import pytest
 import scipy.special
 import scipy.stats
+from conftest import CIFAR10
 from keras import ops
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
 
 

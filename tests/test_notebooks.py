@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats
+from conftest import CIFAR10
 from test_distiller import tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-CIFAR10 = ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 

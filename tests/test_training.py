@@ -2,7 +2,6 @@
 
 import kdlib  # isort: skip
 import json
-import os
 from dataclasses import replace
 
 import keras
@@ -11,6 +10,7 @@ import pandas as pd
 import pytest
 import scipy
 import tensorflow as tf
+from conftest import CIFAR10
 from test_distiller import tiny
 
 RECIPE = kdlib.Recipe(epochs=3, batch_size=10, learning_rate=0.01, views=2, flip=False)
@@ -520,7 +520,6 @@ def test_fused_norm_reaches_into_nested_models():
 
 # --- what is published ---
 
-CIFAR10 = kdlib.ROOT / (os.environ.get("KD_DATA_DIR") or "data") / "cifar10.npz"
 PUBLISHED = sorted(path.stem for path in kdlib.REFERENCE.glob("*.json"))
 
 
