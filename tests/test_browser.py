@@ -1,4 +1,4 @@
-"""JupyterLab in a real browser: every notebook opened, run, looked at, and left by its link.
+"""JupyterLab in a real browser, where a person clicks: a training, the slider, the links.
 
 Needs Chromium (Debian: apt-get install chromium) and playwright; skipped where either is
 missing. KD_SCREENSHOTS=folder keeps the screenshots.
@@ -20,7 +20,8 @@ playwright = pytest.importorskip("playwright.sync_api", reason="playwright is no
 
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")
+pytestmark = [pytest.mark.slow,
+              pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
 NOTEBOOKS = sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb"))
 
 # What a cell shows, by the notebook's own model: cells far from the screen have no page.
@@ -132,7 +133,7 @@ def look(page, folder, stem):
             break
 
 
-@pytest.mark.parametrize("name", NOTEBOOKS)
+@pytest.mark.parametrize("name", ["02_teacher.ipynb"])  # it trains, with a bar
 def test_a_person_runs_the_notebook(page, lab, screenshots, name):
     open_notebook(page, lab, name)
     run_all(page)

@@ -1,12 +1,12 @@
 """The exercises: every answer that the notebooks give, verified by doing what it says."""
 
-import kdlib  # isort: skip
-import json
+from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import os
 import re
 from dataclasses import replace
 from pathlib import Path
 
+import kdlib
 import keras
 import nbformat
 import numpy as np
@@ -20,7 +20,8 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
-TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
+TABLE = pd.read_csv(runs.REFERENCE / "results.csv")
+ROWS = runs.REFERENCE / "rows"
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def test_01_1_the_figure_that_tells():
     assert f"*Figure {number}: confusion matrix" in (NOTEBOOKS / "02_teacher.ipynb").read_text()
 
 
+@pytest.mark.slow
 def test_01_2_nineteen_views(do):
     do("01", {"VIEWS = 9": "VIEWS = 19"}, until="again = kdlib.view_codes",
        check="assert views.shape == (19, 32, 32, 3) and np.array_equal(codes, again)")
@@ -106,8 +108,8 @@ def test_02_1_parameters_of_a_convolution():
 
 def test_02_2_sgd_in_place_of_muon(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
-    calls = re.findall(r"`(kdlib\.train_or_load\(.*?)`", exercises("02"))
-    space = {"kdlib": kdlib, "replace": replace, "digits": kdlib.load_dataset("digits")}
+    calls = re.findall(r"`(runs\.train_or_load\(.*?)`", exercises("02"))
+    space = {"runs": runs, "replace": replace, "digits": kdlib.load_dataset("digits")}
     sgd, muon = (eval(call, space) for call in calls)
     digits = TABLE[(TABLE.dataset == "digits") & (TABLE.seed == 0)].set_index("method")
     for accuracy, method in ((sgd, "scratch-sgd"), (muon, "scratch")):
@@ -118,7 +120,7 @@ def test_02_2_sgd_in_place_of_muon(tmp_path, monkeypatch):
 
 
 def test_02_3_validation_is_above_training_in_the_early_epochs():
-    history = json.loads((ROOT / "reference" / "cifar10-teacher-seed0.json").read_text())["history"]
+    history = store.read_notes(ROWS / "cifar10-teacher-seed0.json")["history"]
     assert history["val_accuracy"][0] > history["accuracy"][0]
 
 
@@ -129,6 +131,7 @@ def test_03_1_a_hard_label_has_no_entropy():
     assert scipy.special.entr(np.eye(10)).sum() == 0
 
 
+@pytest.mark.slow
 def test_03_2_half_a_degree(do):
     do("03", {"TEMPERATURES = (1,": "TEMPERATURES = (0.5, 1,"},
        check="""sharp, plain = (np.asarray(soften(logits, t)).max(-1) for t in (0.5, 1))
@@ -155,6 +158,7 @@ def test_04_1_a_constant_added_to_all_logits():
     assert float(hard(labels, logits)) == pytest.approx(float(hard(labels, logits + 7)), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_04_2_a_student_that_never_sees_a_label(do):
     do("04", {'train_or_load("distilled"': 'train_or_load("distilled-no-labels"',
               "temperature=TEMPERATURE, alpha=ALPHA)": "temperature=TEMPERATURE, alpha=0.0)"},
@@ -186,6 +190,7 @@ def test_05_1_pairs_help_where_a_seed_is_good_for_both(shared, wider):
     assert (unpaired.std() > 1.2 * paired.std()) == wider
 
 
+@pytest.mark.slow
 def test_05_2_the_pairs_by_nll(do):
     cifar10 = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(["scratch", "distilled"])]
     nll = cifar10.pivot(index="seed", columns="method", values="nll")
@@ -200,8 +205,8 @@ def test_05_2_the_pairs_by_nll(do):
 def test_05_3_the_best_epoch_is_too_good_by_different_amounts():
     excess = []
     for method in ("distilled", "scratch"):
-        for path in (ROOT / "reference").glob(f"cifar10-{method}-seed?.json"):
-            history = json.loads(path.read_text())["history"]["val_accuracy"]
+        for path in ROWS.glob(f"cifar10-{method}-seed?.json"):
+            history = store.read_notes(path)["history"]["val_accuracy"]
             excess.append(max(history) - history[-1])
     assert np.mean(excess) > 0 and len(set(excess)) > 1
 
@@ -224,6 +229,7 @@ def test_06_1_logits_twice_as_large():
 
 
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+@pytest.mark.slow
 def test_06_2_a_map_of_the_calibration_error(do):
     do("06", {'values="val_accuracy")': 'values="ece")'}, until='values="val_accuracy")',
        check="assert grid.drop(columns=1.0).max().max() < 10", KD_DATASET="cifar10")
@@ -253,6 +259,7 @@ def test_07_1_what_a_test_for_a_positive_loss_finds():
     assert float(ops.mean(ops.sum(p + q, axis=-1))) == pytest.approx(2, abs=1e-5)  # 7
 
 
+@pytest.mark.slow
 def test_07_2_and_3_a_whole_batch_and_stored_answers_out_of_step(do):
     do("07", {"dataset.x_train[dataset.y_train == 1][:50]": "dataset.x_train[:50]"},
        until='mixed = {alpha',

@@ -1,0 +1,90 @@
+"""A training that is cut off goes on after its last whole epoch, to the same weights."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from pathlib import Path
+
+import keras
+import numpy as np
+
+from reference import store
+
+
+class Keeper(keras.callbacks.Callback):
+    """Keeps the whole state of a training after each epoch, in one file.
+
+    Keras's BackupAndRestore writes weights and epoch into two files, one after the other: a
+    kill between them repeats or skips an epoch. Here a state is one file with checksums, and
+    the last two are kept, in turn.
+    """
+
+    def __init__(self, folder: Path, spec: dict):
+        super().__init__()
+        self.folder, self.epoch, self.history = folder, 0, {}
+        self.meta = {"spec": json.loads(store.text(spec)), "libraries": store.libraries()}
+        self.machines = [store.machine()]
+
+    def restore(self, trainer) -> None:
+        trainer.optimizer.build(trainer.trainable_variables)
+        states = [state for path in sorted(self.folder.glob("state-?.npz"))
+                  if (state := self._read(path))]
+        if not states:
+            return
+        meta, values = max(states, key=lambda state: state[0]["epoch"])
+        if meta["libraries"] != self.meta["libraries"]:
+            raise RuntimeError(f"the run {self.folder.name} was begun with other libraries ("
+                               f"{meta['libraries']}, now {self.meta['libraries']}). Delete its "
+                               "folder to begin anew, or go back to those.")
+        if meta["machines"][-1] != self.machines[0]:
+            warnings.warn(f"the run {self.folder.name} was begun on {meta['machines'][-1]} and "
+                          f"goes on with {self.machines[0]}. Rounding differs, so the weights will "
+                          "not be those of an uninterrupted run.", stacklevel=4)
+            self.machines = [*meta["machines"], *self.machines]
+        else:
+            self.machines = meta["machines"]
+        for variable, value in zip(_state_of(trainer), values, strict=True):
+            variable.assign(value)
+        self.epoch, self.history = meta["epoch"], meta["history"]
+
+    def _read(self, path: Path):
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return (json.loads(str(file["meta"])),
+                        [file[f"v{k}"] for k in range(len(file.files) - 1)])
+        except store.UNREADABLE as error:
+            warnings.warn(f"{path.name} of {self.folder.name} is damaged ({error}): going on from "
+                          "the state before it.", stacklevel=2)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.started = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if not math.isfinite(logs["loss"]):
+            sentence = (f"the loss of {self.folder.name} is {logs['loss']} in epoch "
+                        f"{self.epoch + 1}: the training has diverged. Choose a smaller learning "
+                        "rate, or look for nan in what it learns from.")
+            store.write_whole(self.folder / "diverged.txt",
+                              lambda aside: aside.write_text(sentence))
+            raise FloatingPointError(sentence)
+
+    def on_epoch_end(self, epoch, logs=None):
+        for key, value in dict(logs, seconds=time.perf_counter() - self.started).items():
+            self.history.setdefault(key, []).append(round(float(value), 5))
+        self.epoch = epoch + 1
+        self._save()
+
+    def _save(self) -> None:
+        meta = store.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
+                     "history": self.history})
+        values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
+        store.write_whole(self.folder / f"state-{self.epoch % 2}.npz",
+                    lambda aside: np.savez(aside, meta=np.array(meta), **values))
+
+
+def _state_of(trainer) -> list:
+    """All that training changes: weights, statistics, Dropout's seeds, the optimizer."""
+    return [*trainer.variables, *trainer.optimizer.variables]

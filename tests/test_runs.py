@@ -1,0 +1,780 @@
+"""runs, store, experiments: what is found again, what survives, what is measured."""
+
+from reference import experiments, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import contextlib
+import json
+from dataclasses import replace
+
+import filelock
+import kdlib
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import scipy
+import tensorflow as tf
+from conftest import CIFAR10
+from test_distiller import tiny
+
+RECIPE = runs.Recipe(epochs=3, batch_size=10, learning_rate=0.01, views=2, flip=False)
+
+
+@pytest.fixture(scope="module")
+def data():
+    digits = kdlib.load_dataset("digits")
+    cut = {f"{a}_{part}": getattr(digits, f"{a}_{part}")[:60]
+           for a in "xy" for part in ("train", "val", "test")}
+    return replace(digits, **cut)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    monkeypatch.setenv("KD_RETRAIN", "1")
+    return tmp_path
+
+
+def train(data, method="scratch", **settings):
+    settings = {"build": lambda: tiny(dropout=0.3), "recipe": RECIPE, **settings}
+    return runs.train_or_load(method, data, **settings)
+
+
+def assert_same_weights(a, b):
+    for x, y in zip(a.model.get_weights(), b.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def damage(path):
+    content = bytearray(path.read_bytes())
+    third = len(content) // 3
+    content[third : 2 * third] = bytes(third)
+    path.write_bytes(content)
+
+
+def every_batch(data, recipe, *, first_epoch=0, **settings):
+    """All batches in the order in which Keras asks for them."""
+    batches = runs.Batches(data, recipe, first_epoch=first_epoch, **settings)
+    for _ in range(first_epoch, recipe.epochs):
+        batches.on_epoch_begin()
+        yield from (batches[k] for k in range(len(batches)))
+
+
+class Cut(Exception):
+    pass
+
+
+def train_and_cut(data, monkeypatch, after_epoch, **settings):
+    """Train, and be struck down after an epoch, as by a kill."""
+    save = resume.Keeper._save
+
+    def save_then_die(self):
+        save(self)
+        if self.epoch == after_epoch:
+            raise Cut
+
+    with monkeypatch.context() as patch:
+        patch.setattr(resume.Keeper, "_save", save_then_die)
+        with pytest.raises(Cut):
+            train(data, **settings)
+
+
+def test_same_seed_same_weights(data, monkeypatch, tmp_path):
+    first = train(data)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "other"))
+    assert_same_weights(first, train(data))
+    other = train(data, seed=1)
+    assert np.any(other.model.get_weights()[0] != first.model.get_weights()[0])
+
+
+@pytest.mark.parametrize("method", ["scratch", "distilled"])
+@pytest.mark.parametrize("after_epoch", [1, 2])
+def test_a_run_that_was_cut_ends_with_the_same_weights(
+    data, monkeypatch, tmp_path, method, after_epoch
+):
+    teacher = tiny(8)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data, method=method, teacher=teacher)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "cut"))
+    train_and_cut(data, monkeypatch, after_epoch, method=method, teacher=teacher)
+    resumed = train(data, method=method, teacher=teacher)
+    assert_same_weights(whole, resumed)
+    assert len(resumed.history["loss"]) == 3
+    assert resumed.history["val_accuracy"] == whole.history["val_accuracy"]
+
+
+def test_a_damaged_state_is_named_and_the_one_before_taken(data, monkeypatch, folder, tmp_path):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data)
+    monkeypatch.setenv("KD_RUNS_DIR", str(folder))
+    train_and_cut(data, monkeypatch, 2)
+    (state,) = folder.glob("digits-scratch*/state-0.npz")  # that of epoch 2
+    damage(state)
+    with pytest.warns(UserWarning, match="state-0.npz .* is damaged"):
+        resumed = train(data)
+    assert_same_weights(whole, resumed)
+
+
+@pytest.mark.parametrize("which", ["model.keras", "model.json"])
+def test_a_damaged_finished_run_is_named_and_trained_again(data, folder, which):
+    first = train(data)
+    (path,) = folder.glob(f"digits-scratch*/{which}")
+    damage(path)
+    with pytest.warns(UserWarning, match="model in digits-scratch.* is damaged"):
+        assert_same_weights(first, train(data))
+
+
+def test_a_full_disk_leaves_the_state_before(data, monkeypatch, tmp_path):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "full"))
+    write, writes = np.savez, []
+
+    def full_at_the_second(path, **arrays):
+        writes.append(path)
+        if len(writes) == 2:
+            path.write_bytes(b"PK half a state")
+            raise OSError(28, "No space left on device")
+        write(path, **arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", full_at_the_second)
+        with pytest.raises(OSError, match="No space left"):
+            train(data)
+    assert [path.name for path in (tmp_path / "full").glob("*/state*")] == ["state-1.npz"]
+    assert not list((tmp_path / "full").glob("*/aside-*"))
+    assert_same_weights(whole, train(data))
+
+
+def test_a_state_of_other_versions_is_not_continued(data, monkeypatch, folder):
+    train_and_cut(data, monkeypatch, 1)
+    monkeypatch.setattr(store, "libraries", lambda: "tensorflow 1.0")
+    with pytest.raises(RuntimeError, match="begun with other libraries"):
+        train(data)
+
+
+def test_another_process_on_the_same_run(data, folder):
+    run = train(data)
+    (run_folder,) = folder.glob("digits-scratch*")
+    (run_folder / "model.json").unlink()
+    with filelock.FileLock(run_folder / "lock", thread_local=False, is_singleton=False):
+        with pytest.raises(RuntimeError, match="under way in another process"):
+            train(data)
+    assert run.row["method"] == "scratch"
+
+
+def test_a_finished_run_is_loaded_and_another_recipe_is_not(data, monkeypatch):
+    first = train(data)
+    monkeypatch.setattr(runs.Task, "train", lambda *a, **k: pytest.fail("trained again"))
+    loaded = train(data)
+    assert_same_weights(first, loaded)
+    assert loaded.row == first.row and list(loaded.row) == list(runs.RESULT_COLUMNS)
+    with pytest.raises(pytest.fail.Exception):
+        train(data, recipe=replace(RECIPE, learning_rate=0.02))
+
+
+def test_batches_carry_the_teachers_answer_to_the_very_image(data):
+    teacher = tiny(8)
+    logits = runs.teacher_answers(teacher, data, RECIPE)
+    for (images, answers), _ in every_batch(data, RECIPE, seed=3, answers=logits):
+        live = teacher.predict(images, verbose=0)
+        np.testing.assert_allclose(answers, live, rtol=1e-4, atol=1e-5)
+
+
+def test_new_views_with_a_live_teacher_are_the_stored_ones(data):
+    """As many views as epochs: nothing is shown twice, so live and stored have to agree."""
+    teacher = tiny(8)
+    stored = train(data, method="distilled", teacher=teacher, recipe=replace(RECIPE, views=3))
+    live = train(data, method="distilled", teacher=teacher, recipe=replace(RECIPE, views=0))
+    np.testing.assert_allclose(live.history["loss"], stored.history["loss"], rtol=1e-3)
+
+
+def test_a_student_without_a_single_label(data):
+    none = np.full_like(data.y_train, -1)
+    run = train(replace(data, y_train=none), method="distilled", teacher=tiny(8))
+    assert run.history["student_loss"] == [0.0] * RECIPE.epochs
+    assert run.history["distillation_loss"][-1] > 0
+    with pytest.raises(ValueError, match="y_train holds -1.*scratch"):
+        train(replace(data, y_train=none))
+
+
+def test_another_teacher_has_another_cache(data, folder):
+    a = np.stack(runs.teacher_answers(tiny(8), data, RECIPE))
+    b = np.stack(runs.teacher_answers(tiny(8, seed=1), data, RECIPE))
+    assert np.any(a != b) and len(list(folder.glob("answers-*"))) == 2
+
+
+# --- controls ---
+
+
+def some_answers(count=200):
+    rng = np.random.default_rng(3)
+    return rng.normal(0, 4, (count, 10)).astype("float32"), rng.integers(0, 10, count)
+
+
+def test_smoothed_labels_are_as_uncertain_as_the_teacher():
+    logits, labels = some_answers()
+    soft = scipy.special.softmax(experiments.smoothed(logits, labels, 4.0) / 4, axis=-1)
+    teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
+    want = scipy.stats.entropy(teacher, axis=-1).mean()
+    np.testing.assert_allclose(scipy.stats.entropy(soft, axis=-1), want, rtol=1e-6)
+    np.testing.assert_array_equal(soft.argmax(-1), labels)
+    ranked = np.sort(soft, axis=-1)  # nine wrong classes, all alike
+    np.testing.assert_allclose(ranked[:, :9], ranked[:, :1].repeat(9, axis=1), rtol=1e-9)
+
+
+def test_a_shuffle_keeps_every_value_and_that_of_the_label():
+    logits, labels = some_answers()
+    shuffled = experiments.shuffled(logits, labels, 4.0)
+    rows = np.arange(len(labels))
+    np.testing.assert_array_equal(np.sort(shuffled), np.sort(logits))
+    np.testing.assert_array_equal(shuffled[rows, labels], logits[rows, labels])
+    assert np.mean(shuffled != logits) > 0.7  # one value in nine stays by chance
+    places = np.tile(np.arange(10.0), (200, 1))  # another view, the same shuffle
+    moved = experiments.shuffled(places, labels, 4.0).astype(int)
+    np.testing.assert_array_equal(np.take_along_axis(logits, moved, -1), shuffled)
+
+
+def test_evened_answers_keep_how_sure_the_teacher_is():
+    logits, labels = some_answers()
+    soft = scipy.special.softmax(experiments.evened(logits, labels, 4.0) / 4, axis=-1)
+    teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
+    rows = np.arange(len(labels))
+    np.testing.assert_allclose(soft[rows, labels], teacher[rows, labels], rtol=1e-6)
+    wrong = soft[np.arange(10) != labels[:, None]].reshape(len(labels), 9)
+    np.testing.assert_allclose(wrong, wrong[:, :1].repeat(9, axis=1), rtol=1e-9)
+
+
+def answers_of(teacher, data, change=lambda logits: logits):
+    return [change(logits) for logits in runs.teacher_answers(teacher, data, RECIPE)]
+
+
+def test_answers_are_known_by_their_content(data, folder):
+    teacher = tiny(8)
+    plain = train(data, method="distilled", teacher=teacher)
+    same = train(data, method="mine", answers=answers_of(teacher, data), taught_by="an array")
+    assert_same_weights(plain, same)
+    assert same.row["teacher"] == "an array" and "val_distillation_loss" not in same.history
+    for _ in range(2):  # another content is another run; the same content is found again
+        other = train(data, method="mine", answers=answers_of(teacher, data, np.negative))
+        assert np.any(other.model.get_weights()[0] != plain.model.get_weights()[0])
+    assert len(list(folder.glob("digits-mine*"))) == 2
+
+
+@pytest.mark.parametrize("change, said", [
+    (lambda a: a[:1], "answers have shapes .*Give 2 arrays of logits of shape .60, 10."),
+    (lambda a: [each[:, :9] for each in a], "answers have shapes"),
+    (lambda a: [np.where(each == each.max(), np.nan, each) for each in a], "answers hold nan"),
+    (lambda a: [np.full_like(each, 0.1) for each in a], "answers are probabilities"),
+])
+def test_answers_that_cannot_teach(data, change, said):
+    with pytest.raises(ValueError, match=said):
+        train(data, method="mine", answers=change(answers_of(tiny(8), data)))
+
+
+def test_batches_show_every_image_once_an_epoch(data):
+    labels = np.concatenate([y for _, y in every_batch(data, RECIPE, seed=0)])
+    for epoch in np.split(labels, RECIPE.epochs):
+        np.testing.assert_array_equal(np.bincount(epoch), np.bincount(data.y_train))
+
+
+def test_batches_from_the_middle_are_those_of_the_whole(data):
+    whole = [y for _, y in every_batch(data, RECIPE, seed=0)]
+    rest = [y for _, y in every_batch(data, RECIPE, seed=0, first_epoch=2)]
+    np.testing.assert_array_equal(whole[-len(rest):], rest)
+    assert len(rest) == len(whole) // 3
+
+
+def test_both_students_begin_with_the_same_weights(data, monkeypatch):
+    still = replace(RECIPE, epochs=1, learning_rate=0.0, optimizer="adam")
+    build = kdlib.build_student
+    scratch = train(data, recipe=still, build=build)
+    distilled = train(data, method="distilled", teacher=kdlib.build_teacher(),
+                      recipe=still, build=build)
+    for a, b in zip(scratch.model.trainable_variables,
+                    distilled.model.trainable_variables, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["muon", "sgd"])
+def test_weight_decay_spares_everything_but_kernels(name):
+    """A step with gradients of zero moves what decays, and nothing else."""
+    model = tiny()
+    optimizer = runs.make_optimizer(replace(RECIPE, optimizer=name, warmup=0.0), steps=6,
+                                 last_layer=model.layers[-1].name)
+    before = [np.copy(v) for v in model.trainable_variables]
+    zeros = [np.zeros(v.shape, "float32") for v in model.trainable_variables]
+    optimizer.apply(zeros, model.trainable_variables)
+    for variable, old in zip(model.trainable_variables, before, strict=True):
+        moved = np.any(np.asarray(variable) != old)
+        assert moved == (variable.path.endswith("kernel")), variable.path
+        if moved:
+            kept = 1 - RECIPE.learning_rate * RECIPE.weight_decay
+            np.testing.assert_allclose(variable, kept * old, rtol=1e-6)
+
+
+def test_the_schedule_climbs_and_falls(data):
+    """The rate of each epoch of a real fit: up to the peak, down to nothing."""
+    rates = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate))
+
+    recipe = replace(RECIPE, epochs=10, warmup=0.2)
+    model = tiny()
+    model.compile(runs.make_optimizer(recipe, 6, last_layer="none"), "mse")
+    model.fit(np.zeros((6, 32, 32, 3)), np.zeros((6, 10)), batch_size=1, epochs=10, verbose=0,
+              callbacks=[Watch()])
+    peak = recipe.learning_rate
+    assert rates[0] == 0 and max(rates) == pytest.approx(peak)
+    assert rates[12] == pytest.approx(peak) and rates[36] == pytest.approx(peak / 2)
+    assert rates[6] == pytest.approx(peak / 2) and rates[-1] < peak / 100
+
+
+def test_an_unknown_optimizer(data):
+    with pytest.raises(ValueError, match="optimizer is 'lion'. Choose 'muon'"):
+        replace(RECIPE, optimizer="lion")
+
+
+def test_muon_sees_a_kernel_as_a_matrix():
+    """Against Keras's own Muon on the same numbers, laid out as a matrix."""
+    rng = np.random.default_rng(0)
+    kernel, steps = rng.normal(size=(3, 3, 4, 8)), rng.normal(size=(3, 3, 3, 4, 8))
+    image = keras.Variable(kernel.astype("float32"), name="kernel")
+    matrix = keras.Variable(kernel.reshape(36, 8).astype("float32"), name="kernel")
+    settings = dict(learning_rate=0.02, momentum=0.9, weight_decay=0.1)
+    ours, theirs = recipes.Muon(**settings), keras.optimizers.Muon(**settings)
+    for step in steps.astype("float32"):
+        ours.apply([step], [image])
+        theirs.apply([step.reshape(36, 8)], [matrix])
+    np.testing.assert_allclose(np.reshape(image, (36, 8)), matrix, rtol=1e-5, atol=1e-6)
+
+
+def test_a_step_of_muon_is_nearly_orthogonal():
+    kernel = keras.Variable(np.zeros((3, 3, 4, 8), "float32"), name="kernel")
+    optimizer = recipes.Muon(learning_rate=1.0, weight_decay=0.0, rms_rate=None)
+    optimizer.apply([np.random.default_rng(0).normal(size=(3, 3, 4, 8))], [kernel])
+    singular = np.linalg.svd(np.reshape(kernel, (36, 8)), compute_uv=False)
+    assert (0.5 < singular).all() and (singular < 1.5).all()
+
+
+def test_fused_norm_is_keras_norm():
+    """Outputs, gradients and statistics against those of Keras's own layer."""
+    plain, fused, gradients = tiny(), tiny(), []
+    images = data_like(40)
+    for model, context in ((plain, contextlib.nullcontext()), (fused, recipes.fused_norm(fused))):
+        with context, tf.GradientTape() as tape:
+            kinds = {type(layer) for layer in model.layers}
+            assert (recipes.FusedBatchNormalization in kinds) == (model is fused)
+            loss = tf.reduce_mean(model(images, training=True) ** 2)
+        gradients.append(tape.gradient(loss, model.trainable_variables))
+    for a, b in zip(*gradients, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+    for a, b in zip(plain.get_weights(), fused.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(plain(images), fused(images), rtol=1e-4, atol=1e-5)
+    assert recipes.FusedBatchNormalization not in {type(layer) for layer in fused.layers}
+
+
+def data_like(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 32, 32, 3)).astype("uint8")
+
+
+@pytest.mark.parametrize("method", ["distiled", "student"])
+def test_an_unknown_method(data, method):
+    with pytest.raises(ValueError, match="method is"):
+        train(data, method=method, teacher=tiny(8))
+
+
+def test_a_batch_larger_than_the_data_is_the_data(data):
+    assert len(runs.Batches(data, replace(RECIPE, batch_size=61), seed=0)) == 1
+
+
+@pytest.mark.parametrize("name, value", [
+    ("epochs", 0), ("epochs", 1.5), ("batch_size", 0), ("views", -1), ("shift", -1),
+    ("warmup", 1), ("learning_rate", -1)])
+def test_a_recipe_that_cannot_be_followed(name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        replace(RECIPE, **{name: value})
+
+
+def test_a_model_of_other_classes_than_the_data(data):
+    with pytest.raises(ValueError, match="build.* gives 12 logits, but digits has 10"):
+        train(data, build=lambda: tiny(classes=12))
+
+
+def test_a_run_may_be_the_teacher(data):
+    run = train(data, method="distilled", teacher=train(data, method="teacher"))
+    assert run.row["teacher"] == "teacher-seed0"
+
+
+def test_a_model_that_keras_could_not_load_back(data):
+    class Own(keras.layers.Dense):
+        pass
+
+    def build():
+        inner = tiny()
+        return keras.Model(inner.inputs, Own(10)(inner.layers[-2].output))
+
+    with pytest.raises(ValueError, match="cannot load back what build returns.*register"):
+        train(data, build=build)
+
+
+def test_a_seed_may_be_a_numpy_number_and_no_fraction(data):
+    assert_same_weights(train(data, seed=np.int64(3)), train(data, seed=3))
+    with pytest.raises(TypeError):
+        train(data, seed=0.5)
+
+
+def test_a_bad_kd_retrain(data, monkeypatch):
+    monkeypatch.setenv("KD_RETRAIN", "false")
+    with pytest.raises(ValueError, match="KD_RETRAIN is 'false'"):
+        train(data)
+
+
+def test_the_digest_of_a_model_ignores_names_and_heeds_all_else(tmp_path):
+    def net(*, skip=False, activation="relu"):
+        pixels = keras.Input((8,))
+        inner = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+        x = keras.layers.Dense(8, activation=activation, name=activation)(inner(pixels))
+        return keras.Model(pixels, keras.layers.Dense(3)(x + pixels if skip else x))
+
+    digest = store.architecture
+    model = net()
+    assert digest(model) == digest(net())
+    assert len({digest(m) for m in (model, net(skip=True), net(activation="tanh"))}) == 3
+    model.save(tmp_path / "m.keras")
+    loaded = keras.saving.load_model(tmp_path / "m.keras")
+    assert store.model_digest(loaded) == store.model_digest(model)
+    assert store.model_digest(net()) != store.model_digest(model)
+
+
+def test_a_model_is_trained_further(data, tmp_path):
+    first = train(data, method="teacher")
+    first.model.save(tmp_path / "teacher.keras")
+    further = train(data, method="teacher-more", recipe=replace(RECIPE, learning_rate=0.001),
+                    build=lambda: keras.saving.load_model(tmp_path / "teacher.keras"))
+    assert further.history["loss"][0] < first.history["loss"][0]
+
+
+def test_agreement_is_with_the_teacher_at_hand(data):
+    alone = train(data)
+    assert alone.row["agreement"] is None
+    for teacher in (tiny(8), tiny(8, seed=1)):
+        run = train(data, teacher=teacher)
+        want = runs.measure(run.model, data, teacher)["agreement"]
+        assert_same_weights(alone, run)
+        assert run.row["agreement"] == want
+
+
+def test_a_distilled_run_needs_a_teacher(data):
+    with pytest.raises(ValueError, match="teacher is None"):
+        train(data, method="distilled")
+
+
+def test_measured_figures_by_hand(data):
+    model, teacher = tiny(), tiny(8)
+    logits = model.predict(data.x_test, verbose=0).astype("float64")
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    got = runs.measure(model, data, teacher)
+    right = p.argmax(-1) == data.y_test
+    alike = p.argmax(-1) == teacher.predict(data.x_test, verbose=0).argmax(-1)
+    assert got["test_accuracy"] == pytest.approx(right.mean(), abs=1e-4)
+    assert got["agreement"] == pytest.approx(alike.mean(), abs=1e-4)
+    assert got["nll"] == pytest.approx(-np.log(p[np.arange(60), data.y_test]).mean(), abs=1e-4)
+
+
+# --- any Keras model with logits out ---
+
+
+def residual():
+    pixels = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(8, 4, strides=4)(keras.layers.Rescaling(1 / 255)(pixels))
+    inner = keras.Sequential([keras.Input((8, 8, 8)), keras.layers.Conv2D(8, 3, padding="same"),
+                              keras.layers.BatchNormalization(), keras.layers.ReLU()])
+    x = keras.layers.GlobalAveragePooling2D()(x + inner(x))
+    return keras.Model(pixels, keras.layers.Dense(10)(x))
+
+
+def transformer():
+    pixels = keras.Input((32, 32, 3))
+    x = keras.layers.Conv2D(16, 8, strides=8)(keras.layers.Rescaling(1 / 255)(pixels))
+    x = keras.layers.Reshape((16, 16))(x)
+    y = keras.layers.LayerNormalization()(x)
+    x = x + keras.layers.MultiHeadAttention(2, 8, dropout=0.1)(y, y)
+    x = keras.layers.GlobalAveragePooling1D()(x + keras.layers.Dense(16, "gelu")(x))
+    return keras.Model(pixels, keras.layers.Dense(10)(x))
+
+
+@pytest.mark.parametrize("build", [residual, transformer])
+def test_other_families_can_teach(data, monkeypatch, tmp_path, build):
+    """Trained, cut off and resumed, asked, cached, and distilled from."""
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data, method="teacher", build=build)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "cut"))
+    train_and_cut(data, monkeypatch, 2, method="teacher", build=build)
+    teacher = train(data, method="teacher", build=build)
+    assert_same_weights(whole, teacher)
+    logits = runs.teacher_answers(teacher.model, data, RECIPE)
+    (images, answers), _ = runs.Batches(data, RECIPE, seed=0, answers=logits)[0]
+    np.testing.assert_allclose(answers, teacher.model.predict(images, verbose=0),
+                               rtol=1e-4, atol=1e-5)
+    before = [np.copy(w) for w in teacher.model.get_weights()]
+    distilled = train(data, method="distilled", teacher=teacher.model,
+                      build=lambda: tiny(2, seed=1))
+    assert distilled.row["agreement"] is not None
+    for old, new in zip(before, teacher.model.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_fused_norm_reaches_into_nested_models():
+    model = residual()
+    (nested,) = [layer for layer in model.layers if isinstance(layer, keras.Model)]
+    with recipes.fused_norm(model):
+        assert any(isinstance(v, recipes.FusedBatchNormalization) for v in nested.layers)
+
+
+# --- identity: no old result for a new question ---
+
+
+def test_labels_changed_in_place_are_other_data(data):
+    mine = replace(data, y_train=data.y_train.copy())
+    first = train(mine)
+    mine.y_train[:] = mine.y_train[::-1].copy()
+    assert np.any(train(mine).model.get_weights()[0] != first.model.get_weights()[0])
+
+
+@keras.saving.register_keras_serializable("tests")
+class Changing(keras.Model):
+    factor = 1.0
+
+    def __init__(self, **settings):
+        super().__init__(**settings)
+        self.pool, self.dense = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)
+
+    def call(self, images):
+        return self.factor * self.dense(self.pool(keras.ops.cast(images, "float32") / 255))
+
+
+def changing():
+    model = Changing()
+    model(np.zeros((1, 32, 32, 3)))
+    return model
+
+
+def test_a_model_whose_code_changed_is_not_found_again(data, monkeypatch):
+    first = train(data, build=changing)
+    assert_same_weights(first, train(data, build=changing))
+    monkeypatch.setattr(Changing, "factor", 3.0)
+    assert np.any(train(data, build=changing).model.get_weights()[0]
+                  != first.model.get_weights()[0])
+
+
+def test_a_teacher_whose_code_changed_is_asked_again(data, monkeypatch):
+    teacher = changing()
+    first = runs.stored_answers(teacher, data, "val")
+    monkeypatch.setattr(Changing, "factor", 3.0)
+    teacher.make_predict_function(force=True)
+    with pytest.warns(UserWarning, match="are not this teacher's"):
+        again = runs.stored_answers(teacher, data, "val")
+    np.testing.assert_allclose(again, 3 * first, rtol=1e-5)
+
+
+@pytest.mark.parametrize("damaged", [lambda c: c[:-5], lambda c: c[:200] + b"x" + c[201:]])
+def test_damaged_answers_are_made_again(data, folder, damaged):
+    teacher = tiny(8)
+    first = runs.stored_answers(teacher, data, "val")
+    (path,) = folder.glob("answers-*/val.npy")
+    path.write_bytes(damaged(path.read_bytes()))
+    with pytest.warns(UserWarning, match="val.npy in answers-.* is damaged"):
+        np.testing.assert_array_equal(runs.stored_answers(teacher, data, "val"), first)
+
+
+def test_notes_that_somebody_changed_are_not_believed(data, folder):
+    train(data)
+    (path,) = folder.glob("digits-scratch*/model.json")
+    notes = json.loads(path.read_text())
+    notes["row"]["test_accuracy"] = 0.99
+    path.write_text(json.dumps(notes))
+    with pytest.warns(UserWarning, match="is damaged .*notes were changed"):
+        assert train(data).row["test_accuracy"] < 0.9
+
+
+def test_a_run_of_other_libraries_is_loaded_with_a_word(data, monkeypatch):
+    first = train(data)
+    monkeypatch.setattr(store, "libraries", lambda: "tensorflow 1.0")
+    with pytest.warns(UserWarning, match="was made with tensorflow 2.*KD_RETRAIN=1"):
+        assert_same_weights(first, train(data))
+
+
+def test_another_number_of_threads_is_named_on_resume(data, monkeypatch, folder):
+    train_and_cut(data, monkeypatch, 1)
+    monkeypatch.setattr(store, "machine", lambda: "1 cores, something else")
+    with pytest.warns(UserWarning, match="was begun on .* and goes on with 1 cores"):
+        train(data)
+    (path,) = folder.glob("digits-scratch*/model.json")
+    assert len(store.read_notes(path)["machines"]) == 2
+
+
+@pytest.mark.parametrize("method", ["distilled-/../../x", "../x", "distilled x", ""])
+def test_a_method_cannot_leave_the_runs_folder(data, method):
+    with pytest.raises(ValueError, match="method is"):
+        train(data, method=method, teacher=tiny(8))
+
+
+# --- small data, half precision, divergence, the disk ---
+
+
+@pytest.mark.parametrize("count, size", [(59, 10), (60, 31), (53, 1)])
+def test_every_image_is_in_each_epoch(data, count, size):
+    few = replace(data, x_train=data.x_train[:count], y_train=data.y_train[:count])
+    labels = np.concatenate([y for _, y in every_batch(
+        few, replace(RECIPE, epochs=1, batch_size=size), seed=0)])
+    np.testing.assert_array_equal(np.bincount(labels), np.bincount(few.y_train))
+
+
+def test_a_prime_number_of_steps_trains_each_of_them(data):
+    few = replace(data, x_train=data.x_train[:29], y_train=data.y_train[:29])
+    steps = []
+
+    class Count(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            steps.append(int(self.model.optimizer.iterations))
+
+    train(few, recipe=replace(RECIPE, batch_size=1), callbacks=[Count()])
+    assert steps == [29, 58, 87]
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
+def test_half_precision_teachers(data, policy):
+    keras.config.set_dtype_policy(policy)
+    try:
+        teacher = tiny(8)
+    finally:
+        keras.config.set_dtype_policy("float32")
+    assert runs.predict_logits(teacher, data.x_val).dtype == np.float32
+    assert np.isfinite(train(data, method="distilled", teacher=teacher).history["loss"]).all()
+
+
+def test_divergence_is_named_and_remembered(data, folder):
+    wild = replace(RECIPE, optimizer="sgd", learning_rate=1e30, warmup=0.0)
+    sentences = []
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="diverged. Choose a smaller") as error:
+            train(data, recipe=wild)
+        sentences.append(str(error.value))
+    assert sentences[0] == sentences[1] and "in epoch 1" in sentences[0]
+
+
+def test_averaged_weights_survive_a_cut(data, monkeypatch, tmp_path):
+    averaged = replace(RECIPE, average=0.9)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
+    whole = train(data, recipe=averaged)
+    assert np.any(whole.model.get_weights()[0] != train(data).model.get_weights()[0])
+    for epoch in (1, 3):
+        monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / f"cut{epoch}"))
+        train_and_cut(data, monkeypatch, epoch, recipe=averaged)
+        assert_same_weights(whole, train(data, recipe=averaged))
+
+
+def test_bad_settings_are_refused_before_the_teacher_is_asked(data, monkeypatch):
+    monkeypatch.setattr(runs, "stored_answers", lambda *a, **k: pytest.fail("asked"))
+    for settings in ({"temperature": 0}, {"alpha": 2}):
+        with pytest.raises(ValueError, match=next(iter(settings))):
+            train(data, method="distilled", teacher=tiny(8), **settings)
+
+
+def test_images_of_another_size(data):
+    small = {f"x_{part}": getattr(data, f"x_{part}")[:, :28, :28]
+             for part in ("train", "val", "test")}
+    with pytest.raises(ValueError, match="images have shape .*28.* but the teacher takes"):
+        train(replace(data, **small), teacher=tiny(8))
+    with pytest.raises(ValueError, match="raw pixels"):
+        runs.predict_logits(kdlib.build_student(), (data.x_val / 255).astype("float32"))
+
+
+def test_a_runs_folder_that_cannot_be_written(data, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "file"))
+    with pytest.raises(OSError, match="KD_RUNS_DIR is .*file"):
+        train(data)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("KD_RUNS_DIR", "~/mine")
+    assert runs.runs_folder() == tmp_path / "mine"
+
+
+# --- what is published ---
+
+PUBLISHED = sorted(path.stem for path in (runs.REFERENCE / "weights").glob("*.keras"))
+
+
+def test_the_table_holds_the_rows_of_all_published_runs():
+    table = pd.read_csv(runs.REFERENCE / "results.csv")
+    rows = [store.read_notes(path)["row"] for path in (runs.REFERENCE / "rows").glob("*.json")]
+    want = pd.DataFrame(rows, columns=runs.RESULT_COLUMNS)
+    order = ["dataset", "method", "temperature", "alpha", "seed", "val_accuracy"]
+    pd.testing.assert_frame_equal(
+        table.sort_values(order, ignore_index=True), want.sort_values(order, ignore_index=True),
+        check_dtype=False)
+
+
+def test_every_row_that_the_notebooks_show_is_published():
+    assert experiments.missing(experiments.PUBLISHED) == []
+
+
+def test_published_runs_are_of_todays_code():
+    """When this fails: experiments.py --restamp proves them, or they have to be made again."""
+    codes = {store.read_notes(path)["spec"]["code"]
+             for path in (runs.REFERENCE / "rows").glob("*.json")}
+    assert codes == {runs.CODE}
+
+
+def test_the_list_of_experiments(capsys):
+    experiments.main(["--list", "--dataset", "digits"])
+    assert "scratch-90-epochs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        experiments.main(["no-such-method"])
+
+
+def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
+    """Two experiments from nothing: rows, weights, answers, table; the second time nothing."""
+    reference = tmp_path / "reference"
+    monkeypatch.setattr(runs, "REFERENCE", reference)
+    (reference / "rows").mkdir(parents=True)
+    short = dict(dataset="digits", build=lambda: tiny(4), recipe=vars(RECIPE))
+    table = [experiments.Experiment("teacher", weights=True, **short | {"build": lambda: tiny(8)}),
+             experiments.Experiment("distilled", (0, 1), teacher="teacher-seed0", **short),
+             experiments.Experiment("distilled-x", (100,), teacher="teacher-seed0", choice=True,
+                                    control="shuffled", **short)]
+    monkeypatch.setattr(experiments, "EXPERIMENTS", table)
+    monkeypatch.setattr(experiments, "seconds_per_epoch", lambda: lambda each: 1.0)
+    monkeypatch.setattr(experiments.kdlib, "load_dataset", lambda name: data)
+    assert len(experiments.missing(table)) == 4
+    experiments.main([])
+    assert experiments.missing(table) == []
+    rows = pd.read_csv(reference / "results.csv")
+    assert list(rows.method) == ["distilled", "distilled", "distilled-x", "teacher"]
+    assert rows.test_accuracy.isna().tolist() == [False, False, True, False]
+    assert rows.teacher[0] == "teacher-seed0"
+    kept = np.load(reference / "answers" / "digits-distilled.npz")
+    assert set(kept) == {f"digits-distilled-seed{k}/{part}" for k in (0, 1)
+                         for part in ("val", "test")}
+    assert [path.name for path in (reference / "weights").iterdir()] == [
+        "digits-teacher-seed0.keras"]
+
+
+@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
+                         + ["cifar10-distilled-100-epochs-seed0"])
+def test_published_weights_give_the_published_figures(stem):
+    name = stem.split("-")[0]
+    if name == "cifar10" and not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
+    dataset = kdlib.load_dataset(name)
+    weights = runs.REFERENCE / "weights"
+    teacher = keras.saving.load_model(weights / f"{name}-teacher-seed0.keras")
+    row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
+    model = keras.saving.load_model(weights / f"{stem}.keras")
+    got = runs.measure(model, dataset, None if row["method"] == "teacher" else teacher)
+    for key, value in got.items():
+        if value is not None:
+            assert row[key] == pytest.approx(value, abs=0.003), key
