@@ -1,7 +1,4 @@
-"""Knowledge distillation with Keras 3, small enough to read in one sitting.
-
-Losses and Distiller run on TensorFlow, JAX and PyTorch.
-"""
+"""Knowledge distillation with Keras 3: data, models, losses and Distiller, in one sitting."""
 
 import hashlib
 import io
@@ -9,11 +6,9 @@ import math
 import numbers
 import os
 import pickle
-import shutil
-import tempfile
+import tarfile
 import warnings
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import keras
@@ -25,13 +20,11 @@ from sklearn.model_selection import train_test_split
 
 
 def require(condition, sentence: str, error: type[Exception] = ValueError) -> None:
-    """Raise ``error(sentence)`` unless the condition holds."""
     if not condition:
         raise error(sentence)
 
 
 # --- data -----------------------------------------------------------------------------
-
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 CIFAR10_FILES = "cifar10.npz", "cifar-10-python.tar.gz", "cifar-10-batches-py"
 # Of the two official parts, sorted by content: the images, then the labels as int32.
@@ -44,11 +37,8 @@ PIXEL_MEAN, PIXEL_STD = (125.31, 122.95, 113.87), (62.99, 62.09, 66.70)
 @dataclass(frozen=True, eq=False)
 class Dataset:
     """Images and labels in a fixed training, validation and test split.
-
-    Images are uint8 (N, height, width, channels) in 0 to 255, labels integers (N,); a training
-    label of -1 is unknown. Choose on ``val``, look at ``test`` once per reported run. Raises
-    ValueError for images that are not raw pixels of one size, or labels that do not fit.
-    """
+    Images are uint8 (N, height, width, channels) in 0 to 255, labels integers (N,), -1 where a
+    training label is unknown. Choose on ``val``, report on ``test``. Raises ValueError."""
 
     name: str
     class_names: list[str]
@@ -62,40 +52,34 @@ class Dataset:
     def __post_init__(self):
         for part in ("train", "val", "test"):
             x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
+            kind = [f"{getattr(a, 'dtype', type(a))} {getattr(a, 'shape', '')}" for a in (x, y)]
             raw = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 4 and len(x)
-            require(raw and x.shape[1:] == self.x_train.shape[1:],
-                    f"x_{part} is {_described(x)}, x_train {_described(self.x_train)}. Give raw "
-                    "pixels: uint8 (images, height, width, channels) in 0 to 255, all of one size.")
+            require(raw and x.shape[1:] == self.x_train.shape[1:], f"x_{part} is {kind[0]}. Give "
+                    "raw pixels of one size: uint8 (images, height, width, channels).")
             low, high = -1 if part == "train" else 0, len(self.class_names) - 1
             fits = isinstance(y, np.ndarray) and y.shape == (len(x),) and y.dtype.kind in "iu"
-            require(fits and low <= y.min() and y.max() <= high, f"y_{part} is {_described(y)}. "
-                    f"Give class numbers of shape ({len(x)},), integers from {low} to {high}.")
-
-
-def _described(array) -> str:
-    if not isinstance(array, np.ndarray) or not array.size or array.dtype.kind not in "biuf":
-        return f"a {type(array).__name__} of shape {getattr(array, 'shape', 'unknown')}"
-    return f"{array.dtype} of shape {array.shape} in {array.min():g} to {array.max():g}"
+            require(fits and low <= y.min() and y.max() <= high, f"y_{part} is {kind[1]}. Give "
+                    f"{len(x)} class numbers, integers from {low} to {high}.")
 
 
 def load_dataset(name: str | None = None) -> Dataset:
     """Load "cifar10" or "digits"; None: what ``$KD_DATASET`` says, else CIFAR-10 if available.
-
     CIFAR-10 is read from the folder ``$KD_DATA_DIR`` (default ``data``): cifar10.npz, or the
-    official archive, packed or not. If none is there and nothing was set, Keras downloads it.
-    Raises ValueError for an unknown name or other data, FileNotFoundError where data are missing.
-    """
+    official archive, packed or not; where nothing is set or there, Keras downloads it. Raises
+    ValueError for a wrong name or other data, FileNotFoundError where data are missing."""
     name = name or os.environ.get("KD_DATASET") or None
     require(name in (None, "cifar10", "digits"),
             f"name (or KD_DATASET) is {name!r}. Choose 'cifar10' or 'digits', or leave it out.")
-    if name != "digits":
-        try:
-            return _cifar10()
-        except ConnectionError as error:
-            require(name is None, str(error), FileNotFoundError)
-            print("NOTICE: CIFAR-10 was not found, so this notebook uses the DIGITS dataset. You "
-                  f"can keep going. Reason: {error}")
-    return _digits()
+    try:
+        return _digits() if name == "digits" else _cifar10()
+    except (ValueError, FileNotFoundError):
+        raise
+    except Exception as error:  # whatever a network can do to Keras's download
+        reason = (f"CIFAR-10 was not found, and its download failed ({error!r}). Set KD_DATA_DIR "
+                  "to a folder that holds it, go online, or stay offline with KD_DATASET=digits.")
+        require(name is None, reason, FileNotFoundError)
+        print("NOTICE: this notebook uses the DIGITS dataset. You can keep going. Reason:", reason)
+        return _digits()
 
 
 def _cifar10() -> Dataset:
@@ -104,38 +88,28 @@ def _cifar10() -> Dataset:
     path = next((folder / name for name in CIFAR10_FILES if (folder / name).exists()), None)
     require(path or not setting, f"KD_DATA_DIR is {setting!r}, but the folder {folder} has none of "
             f"{', '.join(CIFAR10_FILES)}. Correct it, or set KD_DATASET=digits.", FileNotFoundError)
-    parts = None if path else _download()
+    parts = None if path else keras.datasets.cifar10.load_data()
     try:
         parts = zip(parts or _read(path), CIFAR10_SHA256, strict=True)
         (x, y), test = [_by_content(*part, sha256) for part, sha256 in parts]
     except Exception as error:  # whatever a damaged file can do to its reader
         raise ValueError(f"{path or 'The download'} is damaged, or not CIFAR-10: {error}. Fetch "
-                         "it again, or set KD_DATASET=digits to work without it.") from None
+                         "it again, or set KD_DATASET=digits.") from None
     train, val = train_test_split(np.arange(len(y)), test_size=0.1, stratify=y, random_state=0)
     return Dataset("cifar10", CIFAR10_CLASSES, x[train], y[train], x[val], y[val], *test)
-
-
-def _download():
-    try:
-        return keras.datasets.cifar10.load_data()
-    except Exception as error:  # whatever a network can do
-        reason = str(error).rpartition(" -- ")[2] or type(error).__name__
-        raise ConnectionError(f"The download failed ({reason}). Three ways out: set KD_DATA_DIR to "
-                              f"a folder with {' or '.join(CIFAR10_FILES)}; connect to the "
-                              "internet; or stay offline with KD_DATASET=digits.") from None
 
 
 def _read(path: Path):
     if path.suffix == ".npz":
         with np.load(path, allow_pickle=False) as file:
             return [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
-    if path.suffix == ".gz":
-        with tempfile.TemporaryDirectory() as unpacked:
-            shutil.unpack_archive(path, unpacked, filter="data")
-            return _read(Path(unpacked) / CIFAR10_FILES[-1])
-    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
-    files = [io.BytesIO((path / name).read_bytes()) for name in names]
-    batches = [_OnlyArrays(file, encoding="bytes").load() for file in files]
+    names = "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch".split()
+    if path.is_dir():
+        files = [(path / name).read_bytes() for name in names]
+    else:
+        with tarfile.open(path) as archive:
+            files = [archive.extractfile(f"cifar-10-batches-py/{name}").read() for name in names]
+    batches = [_OnlyArrays(io.BytesIO(file), encoding="bytes").load() for file in files]
     x = [batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for batch in batches]
     y = [np.array(batch[b"labels"]) for batch in batches]
     return [(np.concatenate(x[:5]), np.concatenate(y[:5])), (x[5], y[5])]
@@ -149,16 +123,13 @@ class _OnlyArrays(pickle.Unpickler):
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
-def _by_content(x, y, sha256: str) -> tuple[np.ndarray, np.ndarray]:
-    """Sort images by a hash of their pixels, and check that they are all there.
-
-    Copies of CIFAR-10 come in different orders. Sorted like this, the split is the same for
-    each of them, and no published teacher has seen *your* validation images.
-    """
+def _by_content(x, y, sha256: str):
+    """Copies of CIFAR-10 come in different orders. Sorted by a hash of their pixels, all are split
+    alike, and no published teacher has seen *your* validation images."""
     order = np.argsort([hashlib.sha1(image.tobytes()).digest() for image in x], kind="stable")
     x, y = x[order], y.reshape(-1)[order].astype("int32")
     require(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() == sha256,
-            f"images {_described(x)}, labels {_described(y)}: not the official ones")
+            "these are not the official images and labels")
     return x, y
 
 
@@ -170,12 +141,10 @@ def _digits() -> Dataset:
     train, val = train_test_split(rest, test_size=150, stratify=y[rest], random_state=0)
 
     def scene(k, n):
-        """Digit k for the n-th time, at random place, size and angle, on a noisy background."""
         rng = np.random.default_rng([2015, k, n])
         angle, size = rng.uniform(-0.5, 0.5), rng.uniform(1.8, 3.0)
         centre = 15.5 + rng.uniform(-1, 1, 2) * (15.5 - 4 * size)
-        cos, sin = np.cos(angle), np.sin(angle)
-        turn = np.array([[cos, -sin], [sin, cos]]) / size
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / size
         ink = scipy.ndimage.affine_transform(digits.images[k] / 16, turn, 3.5 - turn @ centre,
                                              output_shape=(32, 32), order=1)
         paper = rng.uniform(60, 195, 3)
@@ -193,10 +162,8 @@ def _digits() -> Dataset:
 
 def view_codes(*, images: int, views: int, shift: int, flip: bool) -> np.ndarray:
     """The shift and mirror of each view: int8 (views, images, 3) of (dy, dx, mirrored).
-
     View v of image i is always the same, so a teacher's answer to it can be stored. Shifts are
-    uniform in [-shift, shift] pixels. Flips alternate: one of two views in a row is mirrored.
-    """
+    in [-shift, shift] pixels. Flips alternate: one of two views in a row is mirrored."""
     codes = np.zeros((views, images, 3), "int8")
     first = np.random.default_rng(1503).integers(0, 2, images)
     for v in range(views):
@@ -216,19 +183,15 @@ def augment(images: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 # --- models ---------------------------------------------------------------------------
 
-
 def build_teacher(num_classes: int = 10) -> keras.Model:
     """VGG-like teacher: pixels (N, 32, 32, 3) in 0 to 255 in, logits (N, num_classes) out.
-
-    Stages of 3x3 convolutions with pooling between them (VGG: Simonyan and Zisserman 2015,
-    section 2), each with BatchNorm; Dropout before the classifier.
-    """
+    3x3 convolutions in stages, pooling between them (Simonyan and Zisserman 2015, section 2)."""
     stages = ((24, 64), (64, 128), (128, 128), (128,))
     return _vgg(stages, num_classes=num_classes, first_kernel=2, dropout=0.2, name="teacher")
 
 
 def build_student(num_classes: int = 10) -> keras.Model:
-    """A sixth of the teacher's size: same pixels in, logits out, no Dropout."""
+    """A sixth of the teacher's size; no Dropout."""
     stages = ((24,), (40, 40), (72, 56))
     return _vgg(stages, num_classes=num_classes, first_kernel=3, dropout=0.0, name="student")
 
@@ -256,17 +219,12 @@ def _vgg(stages, *, num_classes: int, first_kernel: int, dropout: float, name: s
 
 # --- losses ---------------------------------------------------------------------------
 
-
 def soften(logits, temperature: float):
-    """Soft labels, ``softmax(logits / temperature)``: (..., classes), each row sums to one.
-
-    T = 1 is the ordinary softmax; a larger T spreads the probability over more classes.
+    """Soft labels, ``softmax(logits / T)``: probabilities of the same shape (..., classes).
+    Raises TypeError, ValueError for a bad T. Source: Hinton et al. 2015, section 2, equation 1.
 
     >>> round(float(soften([[2.0, 0.0]], temperature=2)[0, 0]), 3)
     0.731
-
-    Raises TypeError or ValueError for a T that is not a positive number, or for bad logits.
-    Source: Hinton, Vinyals, Dean 2015, section 2, equation 1.
     """
     return ops.softmax(_as_float("logits", logits) / _number("temperature", temperature), axis=-1)
 
@@ -276,22 +234,19 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
 
     ``KL(p || q) = sum(p * log(p / q))`` over the classes, in nats. T^2 is included: the
     gradient of KL shrinks as 1 / T^2, and the factor keeps its size when T changes.
+    Logits are (batch, classes), before the softmax; a teacher's may be -inf: probability 0.
+    Raises TypeError, ValueError for a bad T or shapes. Source: Hinton et al. 2015, section 2.
 
     >>> logits = [[2.0, 1.0, 0.1]]
     >>> float(distillation_loss(teacher_logits=logits, student_logits=logits, temperature=4))
     0.0
-
-    Both logits are (batch, classes), before the softmax. A teacher's logit of minus infinity is
-    a class of probability 0, which contributes 0. Raises TypeError or ValueError for a bad T or
-    shapes that differ. Source: Hinton, Vinyals, Dean 2015, section 2 (T^2: its last paragraph).
     """
     temperature = _number("temperature", temperature)
     teacher_logits = _as_float("teacher_logits", teacher_logits)
     student_logits = _as_float("student_logits", student_logits)
     taught, learned = tuple(teacher_logits.shape), tuple(student_logits.shape)
-    require(len(taught) >= 2 and 0 not in taught and _agree(taught, learned),
-            f"teacher_logits have shape {taught}, student_logits {learned}. Both need (batch, "
-            "classes), with the same classes in the same order.")
+    require(len(taught) > 1 and 0 not in taught and _agree(taught, learned), f"teacher_logits have "
+            f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
     z, w = teacher_logits / temperature, student_logits / temperature
     p, q = ops.softmax(z, axis=-1), ops.softmax(w, axis=-1)
     # d = log(p / q). Where T makes it tiny, a difference of two logarithms is mostly rounding.
@@ -308,7 +263,6 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
 
 
 def _agree(a, b) -> bool:
-    """Whether two shapes can be the same; None is any size."""
     return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
 
 
@@ -325,69 +279,59 @@ def _as_float(name: str, logits):
 
 
 def _number(name: str, value) -> float:
-    allowed, advice = {
-        "temperature": (lambda t: 0 < t < math.inf, "It divides the logits, so it must be positive "
-                        "and finite. Typical values are 2 to 8."),
-        "alpha": (lambda a: 0 <= a <= 1, "It is the weight of the hard labels, so it must be 0 to "
-                  "1. Typical values are 0.1 to 0.3.")}[name]
+    advice = {"temperature": "It divides the logits: positive and finite, typically 2 to 8.",
+              "alpha": "It is the weight of the hard labels, from 0 to 1."}[name]
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     require(real, f"{name} is {value!r}, a {type(value).__name__}. {advice}", TypeError)
-    require(allowed(value), f"{name} is {value}. {advice}")
+    fits = 0 < value < math.inf if name == "temperature" else 0 <= value <= 1
+    require(fits, f"{name} is {value}. {advice}")
     return float(value)
 
 
 # --- distiller ------------------------------------------------------------------------
 
-
 class Distiller(keras.Model):
     """Train a student on hard labels and on a teacher's soft labels (Hinton et al. 2015).
 
-    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss`` (+ the student's
-    regularisers, with weight one). compile, fit, evaluate and predict take what Keras's take.
-    ``fit(images, labels)`` asks the teacher live; ``fit((images, teacher_logits), labels)``
-    uses stored answers: one array more than the student has inputs. A label of -1 is unknown:
-    its image, like one of ``sample_weight`` 0, counts in the distillation_loss only.
-    The teacher runs with ``training=False``, without gradient. No weight of it belongs to this
-    model: what is counted, summarised, saved and exported is the student.
+    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss`` (+ regularisers).
+    compile, fit, evaluate and predict take what Keras's take: ``fit(images, labels)`` asks the
+    teacher live, ``fit((images, teacher_logits), labels)`` uses stored answers. Where a label is
+    -1 (unknown) or a ``sample_weight`` 0, only the distillation_loss counts. The teacher runs with
+    ``training=False``, without gradient. What is counted, saved and exported is the student.
 
-    Takes built Keras models with the same inputs and logits (batch, classes) out (teacher=None:
-    stored answers only); temperature T > 0; alpha in [0, 1], the weight of the hard labels (at 0 they may be left out);
-    soft_loss(teacher_logits=, student_logits=, temperature=), a batch mean. Raises TypeError or
-    ValueError for anything else, and warns of a student larger than its teacher.
-    """
+    student, teacher: built Keras models, same inputs, logits (batch, classes) out (teacher=None:
+    stored answers only); temperature > 0; alpha in [0, 1]; soft_loss(teacher_logits=,
+    student_logits=, temperature=). Raises TypeError, ValueError."""
 
     def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1,
                  soft_loss=distillation_loss):
-        learned = check_model("student", student)
+        classes, seen = check_model("student", student), _inputs(student)
         if teacher is not None:
-            taught, asked, seen = check_model("teacher", teacher), _inputs(teacher), _inputs(student)
-            require(_agree([taught], [learned]) and (not (asked and seen) or str(asked) == str(seen)),
-                    f"teacher takes {asked} and gives {taught} logits, student {seen} and {learned}."
-                    " Both need the same inputs and classes; a Resizing layer fits inside a model.")
+            taught, asked = check_model("teacher", teacher), _inputs(teacher)
+            require(_agree([taught], [classes]) and (asked == seen or not (asked and seen)),
+                    f"teacher takes {asked}, gives {taught} logits, student {seen}, {classes}. "
+                    "They must agree. A Resizing layer fits inside a model.")
             require(not {id(w) for w in student.weights} & {id(w) for w in teacher.weights},
                     "student and teacher share weights, so training would change the teacher. Copy "
-                    "it: keras.models.clone_model, then copy.set_weights(teacher.get_weights()).")
-            if (own := student.count_params()) > (its := teacher.count_params()):
-                warnings.warn(f"student has {own:,} parameters, more than the teacher's {its:,}. "
-                              "Are the two swapped?", stacklevel=2)
+                    "it first: keras.models.clone_model, set_weights.")
+            if student.count_params() > teacher.count_params():
+                warnings.warn("student has more parameters than teacher. Are the two swapped?",
+                              stacklevel=2)
         super().__init__(name="distiller", dtype=student.dtype_policy)  # float16: scale the loss
-        self._temperature, self._alpha = _number("temperature", temperature), _number("alpha", alpha)
-        self.student, self._soft_loss, self.built = student, soft_loss, True
+        self._temperature = _number("temperature", temperature)
+        self._alpha, self._soft_loss = _number("alpha", alpha), soft_loss
+        self.student, self.built = student, True
         self.save, self.export, self.summary = student.save, student.export, student.summary
-        self.save_weights = partial(self._with_optimizer, student.save_weights)
-        self.load_weights = partial(self._with_optimizer, student.load_weights)
         self._losses_seen = [keras.metrics.Mean(n) for n in ("student_loss", "distillation_loss")]
 
-        def ask(images):  # in a closure Keras does not find the teacher's weights
-            require(teacher is not None, "teacher is None, so each batch needs stored teacher_logits: "
-                    "fit((images, teacher_logits), labels).")
-            return ops.stop_gradient(
-                teacher(check_images("teacher", teacher, images), training=False))
+        def ask(images):  # in a closure Keras does not find the teacher: it is not trained or saved
+            require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
+            check_images("teacher", teacher, images)
+            return ops.stop_gradient(teacher(images, training=False))
 
         self._ask_teacher = ask
 
-    # Read only: the first training step builds them into its graph.
-    temperature = property(lambda self: self._temperature)
+    temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
     def compile(self, optimizer="rmsprop", loss=None, metrics=None, weighted_metrics=None, **more):
@@ -395,33 +339,23 @@ class Distiller(keras.Model):
         fits = isinstance(loss, keras.losses.SparseCategoricalCrossentropy) and loss.from_logits
         require((loss is None or fits) and "loss_weights" not in more, f"loss is {loss!r}. Leave "
                 "it out (SparseCategoricalCrossentropy(from_logits=True)); alpha is its weight.")
-        if metrics is None and weighted_metrics is None:
+        if metrics is weighted_metrics is None:
             weighted_metrics = ["accuracy"]  # of images with a known label
         super().compile(optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **more)
 
-    def fit(self, x=None, y=None, batch_size=None, epochs=1, verbose="auto", callbacks=None,
-            *args, **more):
-        callbacks = self._guarded(x, callbacks)
-        return super().fit(x, y, batch_size, epochs, verbose, callbacks, *args, **more)
+    def fit(self, x=None, *args, **more):
+        return super().fit(x, *args, **self._guarded(x, more))
 
-    def evaluate(self, x=None, y=None, *args, callbacks=None, **more):
-        return super().evaluate(x, y, *args, callbacks=self._guarded(x, callbacks), **more)
+    def evaluate(self, x=None, *args, **more):
+        return super().evaluate(x, *args, **self._guarded(x, more))
 
-    def _guarded(self, x, callbacks):
+    def _guarded(self, x, more):
         check_images("student", self.student, self._split(x)[0])
-
-        def check(batch, logs):
-            hard, soft = (math.isfinite(logs.get(loss.name, 0)) for loss in self._losses_seen)
-            require(hard or not soft, f"labels of batch {batch} hold a value that is no class "
-                    "number. Give whole numbers from 0 to classes - 1, or -1 for unknown.")
-            require(soft or not hard, f"teacher_logits of batch {batch} hold nan or infinity.")
-            require(hard, f"loss is not finite in batch {batch}: the training has diverged. Choose "
-                    "a smaller learning rate, or look for nan in the images.", FloatingPointError)
-
+        callbacks = more.get("callbacks")
         if isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit: it has ours
-            return callbacks
-        guard = keras.callbacks.LambdaCallback(on_train_batch_end=check, on_test_batch_end=check)
-        return [guard, *keras.tree.flatten(callbacks or [])]
+            return more
+        guard = keras.callbacks.LambdaCallback(on_train_batch_end=_guard, on_test_batch_end=_guard)
+        return more | {"callbacks": [guard, *keras.tree.flatten(callbacks or [])]}
 
     def call(self, inputs, training=None):
         images = check_images("student", self.student, self._split(inputs)[0])
@@ -434,17 +368,17 @@ class Distiller(keras.Model):
         return (x[0] if len(x) == 2 else x[:-1], x[-1]) if stored else (x, None)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        """Called in each step of fit and evaluate. Bad labels and logits are left out of the loss,
-        so that no weight is lost, and make a metric nan, so that the guard raises."""
-        images, answers = self._split(x)
-        answers = self._ask_teacher(images) if answers is None else answers
-        answers = _as_float("teacher_logits", answers)
+        # Keras calls this in each step. Bad labels and logits are left out of the loss, so that no
+        # weight is lost, and make a metric nan, so that the guard raises.
+        images, stored = self._split(x)
+        given = self._ask_teacher(images) if stored is None else stored
+        answers = _as_float("teacher_logits", given)
         sound = ops.logical_not(ops.any(ops.isnan(answers) | (answers == math.inf)))
         soft = self._soft_loss(teacher_logits=ops.where(sound, answers, ops.zeros_like(answers)),
                                student_logits=y_pred, temperature=self.temperature)
         y, weight, valid = self._labels(y, y_pred, sample_weight)
-        hard = ops.mean(weight * keras.losses.sparse_categorical_crossentropy(
-            y, _as_float("logits", y_pred), from_logits=True))
+        hard = keras.losses.sparse_categorical_crossentropy(y, _as_float("logits", y_pred), True)
+        hard = ops.mean(weight * hard)
         batch = ops.shape(y_pred)[0]  # the last batch may be smaller, and counts for less
         for seen, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
             seen.update_state(ops.where(good, loss, math.nan), batch)
@@ -454,12 +388,10 @@ class Distiller(keras.Model):
 
     def _labels(self, y, logits, weight):
         """Class numbers, the weight of each, and whether all were valid or -1 (unknown)."""
-        if y is None and self.alpha == 0:
-            y = ops.full(ops.shape(logits)[:1], -1)
+        y = ops.full(ops.shape(logits)[:1], -1) if y is None and self.alpha == 0 else y
         shape, classes = () if y is None else tuple(y.shape), logits.shape[-1]
         require(len(shape) == 1 or shape[1:] == (1,), f"labels have shape {shape}. Give class "
-                "numbers of shape (batch,): fit(images, labels), or a data set of such pairs. "
-                "np.argmax(labels, axis=-1) makes them from one-hot rows.")
+                "numbers: fit(images, labels). np.argmax makes them from one-hot rows.")
         given, y = ops.reshape(y, (-1,)), ops.cast(ops.reshape(y, (-1,)), "int32")
         whole = ops.cast(given, "float32") == ops.cast(y, "float32")
         known = whole & (y >= 0) & (y < classes)
@@ -471,15 +403,16 @@ class Distiller(keras.Model):
         y, weight, _ = self._labels(y, y_pred, sample_weight)
         return super().compute_metrics(x, y, y_pred, weight)
 
-    def _with_optimizer(self, act, *args, **more):
-        """The student's weights and, as Keras does, the optimizer: BackupAndRestore needs it."""
-        own, self.student.optimizer = getattr(self.student, "optimizer", None), self.optimizer
-        act(*args, **more)
-        self.student.optimizer = own
+
+def _guard(batch, logs):
+    hard, soft = (math.isfinite(logs.get(f"{key}_loss", 0)) for key in ("student", "distillation"))
+    require(hard or not soft, f"labels in batch {batch} are neither class numbers nor -1, unknown.")
+    require(soft or not hard, f"teacher_logits in batch {batch} hold nan or infinity.")
+    require(hard, f"loss in batch {batch} is not finite: the training has diverged. Lower the "
+            "learning rate.", FloatingPointError)
 
 
 def _inputs(model) -> list[tuple]:
-    """The shape of each input without the batch; none where only the author knows them."""
     return [tuple(tensor.shape[1:]) for tensor in getattr(model, "inputs", None) or ()]
 
 
@@ -490,22 +423,21 @@ def check_images(role: str, model, images):
             f"images have shape {shape}, but the {role} takes {expected}: keras.ops.image.resize.")
     raw = any(isinstance(layer, layers.Normalization) and np.max(layer.mean) > 1
               for layer in getattr(model, "layers", ()))
-    if raw and isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.size:
-        require(images.max() > 1 or np.ptp(images) == 0, f"images are {_described(images)}, but "
-                f"the {role} takes raw pixels from 0 to 255 and normalises them itself.")
+    scaled = isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.max() <= 1
+    require(not (raw and scaled and np.ptp(images)), f"images of the {role} are at most 1, but it "
+            "takes raw pixels from 0 to 255 and normalises them itself.")
     return images
 
 
 def check_model(role: str, model) -> int | None:
     """The number of logits that a model gives, asked about two images of noise."""
     require(isinstance(model, keras.Model) and model.built, f"{role} is a {type(model).__name__}. "
-            "Give a built Keras model: load its file, call it once on images, or take a Run's "
-            ".model.", TypeError)
+            "Give a built Keras model: call it once on images, of a Run take .model.", TypeError)
     if not _inputs(model):
         return None  # a subclassed model: its first batch will tell
     rng = np.random.default_rng(0)
-    noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in tensor.shape[1:]))), tensor.dtype)
-             for tensor in model.inputs]
+    noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in each.shape[1:]))), each.dtype)
+             for each in model.inputs]
     answers = model(noise if len(noise) > 1 else noise[0], training=False)
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "

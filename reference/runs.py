@@ -189,8 +189,8 @@ class Task:
     def _trainer(self):
         """What is fitted, on which validation data, and the stored answers it learns from."""
         data, answers = self.dataset, self.answers
-        if not self.distilled:
-            return self.model, (data.x_val, data.y_val), None
+        if not self.distilled:  # the wrapper is compiled, so that the model is saved without Muon
+            return keras.Sequential([self.model]), (data.x_val, data.y_val), None
         trainer = kdlib.Distiller(student=self.model, teacher=self.teacher,
                                   temperature=self.spec["temperature"], alpha=self.spec["alpha"])
         if answers is None and self.recipe.views:
@@ -285,7 +285,7 @@ def _load(notes: Path, weights: Path, task: Task) -> Run | None:
         warnings.warn(f"{notes.stem} in {notes.parent.name} is damaged ({error}): it is not used.",
                       stacklevel=5)
         return None
-    row = found["row"]
+    row = {key: found["row"][key] for key in RESULT_COLUMNS}
     if row["versions"] != store.libraries():
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is {store.libraries()}. "
                       "KD_RETRAIN=1 trains it anew.", stacklevel=5)

@@ -1,8 +1,12 @@
 """Data: splits, views, and files that are not what they should be."""
 
-import kdlib  # isort: skip
+from reference import runs  # isort: skip  (first: keeps TensorFlow quiet)
+import hashlib
+import pickle
+import tarfile
 from dataclasses import replace
 
+import kdlib
 import keras
 import numpy as np
 import pytest
@@ -21,7 +25,7 @@ def test_digits_shapes_and_determinism(digits):
         x, y = getattr(digits, f"x_{part}"), getattr(digits, f"y_{part}")
         assert x.dtype == np.uint8 and x.shape[1:] == (32, 32, 3)
         assert y.dtype == np.int32 and len(x) == len(y) and set(y) == set(range(10))
-    assert digits.digest == kdlib.load_dataset("digits").digest
+    assert runs.data_digest(digits) == runs.data_digest(kdlib.load_dataset("digits"))
     assert len(digits.x_val) == 150 and len(digits.x_test) == 447
 
 
@@ -47,33 +51,49 @@ def small_arrays():
     rng = np.random.default_rng(0)
     return {
         "x_train": rng.integers(0, 256, (600, 32, 32, 3)).astype("uint8"),
-        "y_train": np.arange(600) % 10, "x_test": np.zeros((100, 32, 32, 3), "uint8"),
+        "y_train": np.arange(600) % 10,
+        "x_test": rng.integers(0, 256, (100, 32, 32, 3)).astype("uint8"),
         "y_test": np.arange(100) % 10,
     }
+
+
+def sha256(x, y):
+    order = np.argsort([hashlib.sha1(image.tobytes()).digest() for image in x])
+    return hashlib.sha256(x[order].tobytes() + y[order].astype("int32").tobytes()).hexdigest()
 
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
     """A folder that stands for KD_DATA_DIR, and arrays of a CIFAR-10 small enough to write."""
     monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+    monkeypatch.delenv("KD_DATASET", raising=False)
     arrays = small_arrays()
-    shapes = {key: array.shape for key, array in arrays.items()}
-    monkeypatch.setattr(kdlib, "CIFAR10_SHAPES", shapes)
+    monkeypatch.setattr(kdlib, "CIFAR10_SHA256", tuple(
+        sha256(arrays[f"x_{part}"], arrays[f"y_{part}"]) for part in ("train", "test")))
     return tmp_path / "cifar10.npz", arrays
 
 
-def refused(path, match):
+def refused(path, match=""):
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=f"(?s)cifar10.npz in KD_DATA_DIR is damaged.*{match}"):
+    with pytest.raises(ValueError, match=f"(?s)cifar10.npz is damaged, or not CIFAR-10.*{match}"
+                                         ".*Fetch it again"):
         kdlib.load_dataset()
     assert path.read_bytes() == before
+
+
+def test_the_small_cifar10_is_read(cifar):
+    path, arrays = cifar
+    np.savez(path, **arrays)
+    dataset = kdlib.load_dataset()
+    assert dataset.name == "cifar10" and len(dataset.x_val) == 60 and len(dataset.x_test) == 100
+    assert (np.bincount(dataset.y_val) == 6).all()
 
 
 def test_truncated_file(cifar):
     path, arrays = cifar
     np.savez(path, **arrays)
     path.write_bytes(path.read_bytes()[:100_000])
-    refused(path, "Fetch the file again")
+    refused(path)
 
 
 def test_flipped_bytes(cifar):
@@ -82,28 +102,58 @@ def test_flipped_bytes(cifar):
     content = bytearray(path.read_bytes())
     content[50_000:50_064] = bytes(64)
     path.write_bytes(content)
-    refused(path, "Fetch the file again")
+    refused(path)
 
 
-def test_missing_array(cifar):
+def change(name, index, value):
+    def changed(arrays):
+        arrays[name] = arrays[name].copy()
+        arrays[name][index] = value(arrays[name][index])
+
+    return changed
+
+
+@pytest.mark.parametrize("spoil", [
+    change("x_train", (5, 0, 0, 0), lambda pixel: pixel ^ 1),
+    change("y_test", 3, lambda label: (label + 1) % 10),
+    lambda arrays: arrays.update(x_test=arrays["x_test"].transpose(0, 3, 1, 2)),
+    lambda arrays: arrays.update(x_train=arrays["x_train"] / 255),
+    lambda arrays: arrays.update(x_train=arrays["x_train"][1:], y_train=arrays["y_train"][1:]),
+    lambda arrays: arrays.pop("y_test"),
+])
+def test_data_that_are_not_cifar10(cifar, spoil):
     path, arrays = cifar
-    del arrays["y_test"]
+    spoil(arrays)
     np.savez(path, **arrays)
-    refused(path, "y_test are missing")
+    refused(path)
 
 
-def test_wrong_shape(cifar):
+def official(arrays, folder):
+    """The arrays as the official batches: five to train, one to test, channels first."""
+    folder.mkdir()
+    names = [*(f"data_batch_{k}" for k in range(1, 6)), "test_batch"]
+    x = [*np.split(arrays["x_train"], 5), arrays["x_test"]]
+    y = [*np.split(arrays["y_train"], 5), arrays["y_test"]]
+    for name, images, labels in zip(names, x, y, strict=True):
+        flat = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+        content = pickle.dumps({b"data": flat, b"labels": labels.tolist()}, protocol=2)
+        (folder / name).write_bytes(content)
+
+
+def test_the_official_archive_packed_and_unpacked(cifar):
     path, arrays = cifar
-    arrays["x_test"] = arrays["x_test"].transpose(0, 3, 1, 2)
     np.savez(path, **arrays)
-    refused(path, "x_test is uint8.*not integers of shape")
-
-
-def test_label_out_of_range(cifar):
-    path, arrays = cifar
-    arrays["y_train"][3] = 10
-    np.savez(path, **arrays)
-    refused(path, "y_train has values out of range")
+    want = runs.data_digest(kdlib.load_dataset())
+    path.unlink()
+    folder = path.parent / "cifar-10-batches-py"
+    official(arrays, folder)
+    assert runs.data_digest(kdlib.load_dataset()) == want
+    with tarfile.open(path.parent / "cifar-10-python.tar.gz", "w:gz") as archive:
+        archive.add(folder, "cifar-10-batches-py")
+    for file in folder.iterdir():
+        file.unlink()
+    folder.rmdir()
+    assert runs.data_digest(kdlib.load_dataset()) == want
 
 
 class Boom:
@@ -115,17 +165,19 @@ class Boom:
 
 def test_pickled_objects_are_never_loaded(cifar):
     path, arrays = cifar
-    arrays["y_train"] = np.array([Boom()] * 600, dtype=object)
-    np.savez(path, **arrays)
+    np.savez(path, **{**arrays, "y_train": np.array([Boom()] * 600, dtype=object)})
     refused(path, "allow_pickle|Object arrays")
+    path.unlink()
+    official(arrays, path.parent / "cifar-10-batches-py")
+    (path.parent / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Boom()))
+    with pytest.raises(ValueError, match="damaged.*it asks for builtins.exec"):
+        kdlib.load_dataset()
     assert not Boom.opened
 
 
-def test_labels_as_a_column_are_welcome(cifar, monkeypatch):
+def test_labels_as_a_column_are_welcome(cifar):
     """Keras's own copy of CIFAR-10 has labels of shape (N, 1)."""
     path, arrays = cifar
-    split = kdlib._split
-    monkeypatch.setattr(kdlib, "_split", lambda *a, validation: split(*a, validation=60))
     np.savez(path, **{**arrays, "y_train": arrays["y_train"][:, None]})
     assert kdlib.load_dataset("cifar10").y_train.shape == (540,)
 
@@ -134,18 +186,22 @@ def no_network(*args, **kwargs):
     raise OSError("no route to host")
 
 
-def test_without_cifar10_digits_come_with_a_notice(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
+@pytest.fixture
+def offline(monkeypatch):
+    """Nothing set, nothing there, no network."""
+    monkeypatch.delenv("KD_DATA_DIR", raising=False)
     monkeypatch.delenv("KD_DATASET", raising=False)
+    monkeypatch.setattr(kdlib, "CIFAR10_FILES", ("no-such-file",))
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", no_network)
+
+
+def test_without_cifar10_digits_come_with_a_notice(offline, capsys):
     assert kdlib.load_dataset().name == "digits"
-    assert "DIGITS" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "DIGITS" in said and "no route to host" in said
 
 
-def test_an_error_without_words(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
-    monkeypatch.delenv("KD_DATASET", raising=False)
-
+def test_an_error_without_words(offline, monkeypatch, capsys):
     def silent():
         raise TimeoutError
 
@@ -154,40 +210,46 @@ def test_an_error_without_words(tmp_path, monkeypatch, capsys):
     assert "TimeoutError" in capsys.readouterr().out
 
 
-def test_cifar10_asked_for_and_not_there(tmp_path, monkeypatch):
-    monkeypatch.setenv("KD_DATA_DIR", str(tmp_path))
-    monkeypatch.setattr(keras.datasets.cifar10, "load_data", no_network)
-    with pytest.raises(FileNotFoundError, match="(?s)no route to host.*Three ways out"):
+def test_cifar10_asked_for_and_not_there(offline):
+    with pytest.raises(FileNotFoundError, match="no route to host.*KD_DATA_DIR"):
         kdlib.load_dataset("cifar10")
 
 
-def test_the_split_does_not_depend_on_the_order_of_the_file(cifar, monkeypatch):
+@pytest.mark.parametrize("name", [None, "cifar10"])
+def test_a_folder_that_is_set_and_wrong(offline, monkeypatch, tmp_path, name):
+    """Neither a download nor digits: the value and the folder are named."""
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: pytest.fail("downloaded"))
+    for value, folder in ((str(tmp_path), str(tmp_path)), ("~/nothing", f"{tmp_path}/nothing")):
+        monkeypatch.setenv("HOME", str(tmp_path))
+        monkeypatch.setenv("KD_DATA_DIR", value)
+        with pytest.raises(FileNotFoundError, match=f"KD_DATA_DIR is '{value}'.*{folder}"):
+            kdlib.load_dataset(name)
+    assert kdlib.load_dataset("digits").name == "digits"
+
+
+def test_the_split_does_not_depend_on_the_order_of_the_file(cifar):
     path, arrays = cifar
-    split = kdlib._split
-    monkeypatch.setattr(kdlib, "_split", lambda *a, validation: split(*a, validation=60))
-    monkeypatch.delenv("KD_DATASET", raising=False)
     np.savez(path, **arrays)
-    first = kdlib.load_dataset()
+    first = runs.data_digest(kdlib.load_dataset())
     mixed = np.random.default_rng(1).permutation(600)
     np.savez(path, **{**arrays, "x_train": arrays["x_train"][mixed],
                       "y_train": arrays["y_train"][mixed]})
-    assert kdlib.load_dataset().digest == first.digest
-    assert (np.bincount(first.y_val) == 6).all()
+    assert runs.data_digest(kdlib.load_dataset()) == first
 
 
 # --- a dataset of one's own ---
 
 
 @pytest.mark.parametrize("part, change, said", [
-    ("x_val", lambda x: (x / 255).astype("float32"), "x_val is float32 .* in 0 to .*: give raw"),
-    ("x_train", lambda x: x[..., 0], "x_train is uint8 of shape"),
-    ("x_test", lambda x: x.tolist(), "x_test is a list"),
-    ("y_train", lambda y: y + 1, r"y_train is int32 .* in 1 to 10: give class numbers"),
+    ("x_val", lambda x: (x / 255).astype("float32"), "x_val is float32 .*Give raw pixels"),
+    ("x_train", lambda x: x[..., 0], "x_train is uint8 .*Give raw"),
+    ("x_test", lambda x: x.tolist(), "x_test is .*list"),
+    ("y_train", lambda y: y + 1, r"y_train is int32 .*Give 2400 class numbers"),
     ("y_train", lambda y: y - 2, "y_train is int32"),
-    ("y_val", lambda y: np.where(y == 3, -1, y), "y_val is .* integers from 0 to 9"),
+    ("y_val", lambda y: np.where(y == 3, -1, y), "y_val is .*integers from 0 to 9"),
     ("y_test", lambda y: np.eye(10)[y], "y_test is float64"),
     ("y_test", lambda y: y[:-1], "y_test is int32"),
-    ("y_test", lambda y: y.tolist(), "y_test is a list"),
+    ("y_test", lambda y: y.tolist(), "y_test is .*list"),
 ])
 def test_a_dataset_that_does_not_fit_together(digits, part, change, said):
     with pytest.raises(ValueError, match=said):
@@ -238,5 +300,5 @@ def test_views_are_a_function_of_image_and_number():
 def test_a_part_without_images_or_of_another_size():
     digits = kdlib.load_dataset("digits")
     for x, y in ((digits.x_val[:0], digits.y_val[:0]), (digits.x_val[:, :16], digits.y_val)):
-        with pytest.raises(ValueError, match="x_val is uint8 .* x_train .*of one size"):
+        with pytest.raises(ValueError, match="x_val is uint8 .*of one size"):
             replace(digits, x_val=x, y_val=y)
