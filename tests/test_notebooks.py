@@ -26,7 +26,7 @@ each_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path
 def run_nbval(flag, path, **environment):
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", flag,
-        "--nbval-cell-timeout=900", "--nbval-current-env", str(path),
+        "--nbval-cell-timeout=900", "--nbval-current-env", "-n0", str(path),
     ]
     done = subprocess.run(
         command, env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
@@ -36,6 +36,7 @@ def run_nbval(flag, path, **environment):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("digits")  # one process: they share their runs
 @each_notebook
 def test_trained_for_real_on_digits(path, notebook_runs):
     run_nbval(
