@@ -20,7 +20,8 @@ from unittest import mock
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import kdlib  # isort: skip
+from reference import recipes, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import kdlib
 import keras
 import numpy as np
 import pandas as pd
@@ -38,7 +39,7 @@ def record(figure, values, unit):
     """Keep the median and the range of some measurements."""
     values = np.atleast_1d(np.asarray(values, float))
     row = {"figure": figure, "value": np.median(values), "low": values.min(),
-           "high": values.max(), "unit": unit, "machine": kdlib._machine()}
+           "high": values.max(), "unit": unit, "machine": store.machine()}
     ROWS.append(row)
     print("{figure:38} {value:10.3f} {low:10.3f} {high:10.3f}  {unit}".format(**row), flush=True)
     return row["value"]
@@ -79,19 +80,19 @@ def forward_flops(model):
 
 
 def trainer_epochs(dataset, recipe, model, *, teacher=None, logits=None):
-    """A function that trains for one short epoch, as kdlib's training does it."""
-    fast = kdlib._with_fused_norm(model)
-    trainer = fast if teacher is None else kdlib.Distiller(
-        student=fast, teacher=teacher, temperature=4, alpha=0.1)
+    """A function that trains for one short epoch, as runs.py does it."""
+    trainer = keras.Sequential([model]) if teacher is None else kdlib.Distiller(
+        student=model, teacher=teacher, temperature=4, alpha=0.1)
     trainer.compile(
-        optimizer=kdlib._optimizer(recipe, STEPS, last_layer="logits"), jit_compile=False,
+        optimizer=runs.make_optimizer(recipe, STEPS, last_layer="logits"), jit_compile=False,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=["accuracy"], steps_per_execution=24,
+        metrics=[], weighted_metrics=["accuracy"], steps_per_execution=24,
     )
 
     def epoch():
-        trainer.fit(kdlib.batches(dataset, recipe, seed=0, teacher_logits=logits),
-                    steps_per_epoch=STEPS, epochs=1, shuffle=False, verbose=0)
+        batches = runs.Batches(dataset, replace(recipe, views=1), seed=0, answers=logits)
+        with recipes.fused_norm(model):
+            trainer.fit(batches, steps_per_epoch=STEPS, epochs=1, shuffle=False, verbose=0)
 
     return epoch
 
@@ -156,7 +157,7 @@ def torch_epochs(net, optimizer, batch):
 def training_and_inference(dataset):
     rate = matmul_rate()
     for role, build in (("student", kdlib.build_student), ("teacher", kdlib.build_teacher)):
-        recipe = replace(kdlib.recipe_for(dataset, role), epochs=1)
+        recipe = replace(runs.recipe_for(dataset, role), epochs=1)
         sgd = replace(recipe, optimizer="sgd", weight_decay=5e-3)
         model, twin = build(), torch_twin(build())
         images, count = dataset.x_val[:2000], STEPS * recipe.batch_size
@@ -174,7 +175,7 @@ def training_and_inference(dataset):
             "muon": trainer_epochs(dataset, recipe, build()),
             "sgd": trainer_epochs(dataset, sgd, build()),
             "torch": torch_epochs(twin, optimizer, recipe.batch_size),
-            "inference": lambda m=model, x=images: kdlib.predict_logits(m, x),
+            "inference": lambda m=model, x=images: runs.predict_logits(m, x),
             "torch_inference": torch_inference,
         })
         flops = forward_flops(model)
@@ -191,7 +192,7 @@ def training_and_inference(dataset):
 
 
 def distilling_over_scratch(dataset):
-    recipe = replace(kdlib.recipe_for(dataset, "student"), epochs=1)
+    recipe = replace(runs.recipe_for(dataset, "student"), epochs=1)
     teacher = kdlib.build_teacher()
     logits = np.random.default_rng(0).normal(0, 3, (1, len(dataset.y_train), 10))
     logits = logits.astype("float32")
@@ -250,14 +251,13 @@ def time_to_the_original_table(dataset):
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(
         os.environ, KD_RETRAIN="1", KD_RUNS_DIR=folder
     ):
-        short, rows = replace(kdlib.recipe_for(dataset, "teacher"), epochs=2), {}
+        short, rows = replace(runs.recipe_for(dataset, "teacher"), epochs=2), {}
 
         def everything():
-            teacher = kdlib.train_or_load("teacher", dataset, recipe=short)
+            teacher = runs.train_or_load("teacher", dataset, recipe=short)
             rows["teacher"] = teacher.row["test_accuracy"]
             for method in ("distilled", "scratch"):
-                run = kdlib.train_or_load(method, dataset, teacher=teacher.model,
-                                          recipe=short)
+                run = runs.train_or_load(method, dataset, teacher=teacher, recipe=short)
                 rows[method] = run.row["test_accuracy"]
 
         ours = record("ours_to_original_table", seconds(everything), "s")
@@ -276,7 +276,7 @@ def start():
                        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
     times = in_turn({"keras": lambda: run("import keras"),
-                     "kdlib": lambda: run("import kdlib; kdlib.load_dataset()")})
+                     "kdlib": lambda: run("import reference, kdlib; kdlib.load_dataset()")})
     record("import_keras", times["keras"], "s")
     record("start_beyond_keras", times["kdlib"] - times["keras"], "s")
 
@@ -284,9 +284,10 @@ def start():
 def memory():
     """Peak of a process that trains a teacher on the whole dataset and measures it."""
     # VmHWM: ru_maxrss would count what this process here had when it forked.
-    code = ("import kdlib; from dataclasses import replace; d = kdlib.load_dataset();"
-            "kdlib.train_or_load('teacher', d, recipe=replace(kdlib.recipe_for(d, 'teacher'),"
-            " epochs=1)); print(open('/proc/self/status').read())")
+    code = ("from dataclasses import replace; from reference import runs; import kdlib;"
+            "data = kdlib.load_dataset(); recipe = runs.recipe_for(data, 'teacher');"
+            "runs.train_or_load('teacher', data, recipe=replace(recipe, epochs=1));"
+            "print(open('/proc/self/status').read())")
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "KD_RETRAIN": "1", "KD_RUNS_DIR": folder}
         done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, text=True,
@@ -301,7 +302,7 @@ def main(parts):
     for name, part in PARTS.items():
         if not parts or name in parts:
             part(dataset)
-    path = kdlib.REFERENCE / "benchmark.csv"
+    path = runs.REFERENCE / "benchmark.csv"
     rows = pd.DataFrame(ROWS).round(4)
     if parts and path.exists():
         before = pd.read_csv(path)
