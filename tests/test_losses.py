@@ -296,7 +296,7 @@ def test_losses_and_their_gradient_on_every_backend(backend):
 
 
 def test_keras_own_default_is_still_the_one_that_notebook_07_shows():
-    """When this fails, Keras has mended its default: then rewrite mistake 2 of 07."""
+    """When this fails, Keras has mended its default: then rewrite mistake 6 of 07."""
     strategy = keras.distillation.LogitsDistillation(temperature=4.0)
     theirs = float(strategy.compute_loss(keras.ops.array([[2.0, 1.0, 0.1]]),
                                          keras.ops.array([[0.5, 1.5, 0.0]])))
