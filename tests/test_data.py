@@ -1,8 +1,9 @@
 """Data: splits, views, and files that are not what they should be."""
 
-from reference import runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import hashlib
 import pickle
+import shutil
 import tarfile
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import kdlib
 import keras
 import numpy as np
 import pytest
+from conftest import CIFAR10, ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -148,12 +150,20 @@ def test_the_official_archive_packed_and_unpacked(cifar):
     folder = path.parent / "cifar-10-batches-py"
     official(arrays, folder)
     assert runs.data_digest(kdlib.load_dataset()) == want
-    with tarfile.open(path.parent / "cifar-10-python.tar.gz", "w:gz") as archive:
-        archive.add(folder, "cifar-10-batches-py")
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
+    archive = packed(folder)
     assert runs.data_digest(kdlib.load_dataset()) == want
+    archive.write_bytes(archive.read_bytes()[:100_000])
+    with pytest.raises(ValueError, match="tar.gz is damaged, or not CIFAR-10.*Fetch it again"):
+        kdlib.load_dataset()
+
+
+def packed(folder):
+    """Pack the folder of the batches, as the official archive does, and remove it."""
+    archive = folder.parent / "cifar-10-python.tar.gz"
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, folder.name)
+    shutil.rmtree(folder)
+    return archive
 
 
 class Boom:
@@ -168,10 +178,13 @@ def test_pickled_objects_are_never_loaded(cifar):
     np.savez(path, **{**arrays, "y_train": np.array([Boom()] * 600, dtype=object)})
     refused(path, "allow_pickle|Object arrays")
     path.unlink()
-    official(arrays, path.parent / "cifar-10-batches-py")
-    (path.parent / "cifar-10-batches-py" / "test_batch").write_bytes(pickle.dumps(Boom()))
-    with pytest.raises(ValueError, match="damaged.*it asks for builtins.exec"):
-        kdlib.load_dataset()
+    folder = path.parent / "cifar-10-batches-py"
+    official(arrays, folder)
+    (folder / "test_batch").write_bytes(pickle.dumps(Boom()))
+    for store_as in (lambda folder: folder, packed):
+        store_as(folder)
+        with pytest.raises(ValueError, match="damaged.*it asks for builtins.exec"):
+            kdlib.load_dataset()
     assert not Boom.opened
 
 
@@ -180,6 +193,23 @@ def test_labels_as_a_column_are_welcome(cifar):
     path, arrays = cifar
     np.savez(path, **{**arrays, "y_train": arrays["y_train"][:, None]})
     assert kdlib.load_dataset("cifar10").y_train.shape == (540,)
+
+
+def test_a_tilde_is_the_home_folder(cifar, monkeypatch):
+    path, arrays = cifar
+    np.savez(path, **arrays)
+    monkeypatch.setenv("HOME", str(path.parent.parent))
+    monkeypatch.setenv("KD_DATA_DIR", f"~/{path.parent.name}")
+    assert kdlib.load_dataset("cifar10").name == "cifar10"
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+def test_the_real_cifar10_and_its_published_split():
+    dataset = kdlib.load_dataset("cifar10")
+    for y, images in ((dataset.y_train, 4500), (dataset.y_val, 500), (dataset.y_test, 1000)):
+        assert (np.bincount(y) == images).all()
+    notes = store.read_notes(ROOT / "reference" / "rows" / "cifar10-scratch-seed0.json")
+    assert runs.data_digest(dataset) == notes["spec"]["data"]
 
 
 def no_network(*args, **kwargs):
@@ -219,7 +249,10 @@ def test_cifar10_asked_for_and_not_there(offline):
 def test_a_folder_that_is_set_and_wrong(offline, monkeypatch, tmp_path, name):
     """Neither a download nor digits: the value and the folder are named."""
     monkeypatch.setattr(keras.datasets.cifar10, "load_data", lambda: pytest.fail("downloaded"))
-    for value, folder in ((str(tmp_path), str(tmp_path)), ("~/nothing", f"{tmp_path}/nothing")):
+    file = tmp_path / "a file"
+    file.write_text("no folder")
+    for value, folder in ((str(tmp_path), tmp_path), ("~/nothing", f"{tmp_path}/nothing"),
+                          (str(file), file)):
         monkeypatch.setenv("HOME", str(tmp_path))
         monkeypatch.setenv("KD_DATA_DIR", value)
         with pytest.raises(FileNotFoundError, match=f"KD_DATA_DIR is '{value}'.*{folder}"):

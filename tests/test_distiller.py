@@ -4,6 +4,7 @@ import reference  # isort: skip  (keeps TensorFlow quiet)
 import ast
 import doctest
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -246,6 +247,11 @@ def test_softmax_at_the_end(role):
         distiller(**{role: tiny(activation="softmax")})
 
 
+class Softening(layers.Layer):
+    def call(self, logits):
+        return keras.ops.softmax(logits)
+
+
 ENDINGS = {
     "a softmax layer": lambda model: layers.Softmax()(model.output),
     "an activation layer": lambda model: layers.Activation("softmax")(model.output),
@@ -254,6 +260,7 @@ ENDINGS = {
     "a cast behind it": lambda model: layers.Activation("linear", dtype="float32")(
         layers.Softmax()(model.output)),
     "a reshape behind it": lambda model: layers.Reshape((10,))(layers.Softmax()(model.output)),
+    "a layer of one's own": lambda model: Softening()(model.output),
     "a lambda": lambda model: layers.Lambda(keras.ops.softmax, output_shape=(10,))(model.output),
     "a model within the model": lambda model: keras.Sequential(
         [keras.Input((10,)), layers.Softmax()])(model.output),
@@ -453,13 +460,23 @@ DOORS = {
 
 @pytest.mark.parametrize("door", DOORS)
 def test_labels_that_no_class_has(door):
-    """Too large, below -1, a fraction: refused at each door, and no weight is lost."""
-    for labels in (LABELS + 1, LABELS - 2, LABELS + 0.5):
-        made = distiller()
+    """Too large, below -1, a fraction, nan: refused at each door, and no weight is lost."""
+    made, some_unknown = distiller(), np.where(LABELS > 4, -1, LABELS)
+    nan = np.where(LABELS == LABELS[0], np.nan, LABELS)
+    for labels in (LABELS + 1, LABELS - 2, LABELS + 0.5, nan):
         with pytest.raises(ValueError, match="labels in batch .* neither class numbers nor -1"):
             DOORS[door](made, labels)
         assert all(np.isfinite(w).all() for w in made.get_weights())
-    DOORS[door](distiller(), LABELS)
+    DOORS[door](made, LABELS)
+    DOORS[door](made, some_unknown)
+
+
+def test_data_sets_without_labels_or_with_names():
+    for data, said in ((IMAGES, "labels have shape"),
+                       ({"image": IMAGES, "label": LABELS}, "keys .*image.*label")):
+        with pytest.raises(ValueError, match=said):
+            distiller().fit(tf.data.Dataset.from_tensor_slices(data).batch(8), shuffle=False,
+                            verbose=0)
 
 
 def test_an_unknown_label_is_minus_one_everywhere():
@@ -484,7 +501,7 @@ def test_answers_that_are_no_numbers_cost_no_weight():
 def test_a_training_that_diverges_is_named():
     made = distiller()
     made.compile(keras.optimizers.SGD(1e38))
-    with pytest.raises(FloatingPointError, match="diverged. Lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"loss in batch \d+ is not finite.*learning"):
         made.fit(IMAGES, LABELS, batch_size=8, epochs=3, verbose=0)
 
 
@@ -503,14 +520,28 @@ def test_a_loss_that_the_student_adds_as_a_vector():
     assert logs["loss"] == pytest.approx(want, rel=1e-4)
 
 
-@pytest.mark.parametrize("images, said", [
-    (IMAGES[:, :28, :28], "images have shape .* but the student takes"),
-    ((IMAGES / 255).astype("float32"), "raw pixels from 0 to 255")])
-def test_images_of_another_size_or_scale(images, said):
+WRONG_IMAGES = [(IMAGES[:, :28, :28], "images have shape .* but the student takes"),
+                ((IMAGES / 255).astype("float32"), "raw pixels from 0 to 255")]
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The models of the lessons, after they have seen images of the right size."""
     made = distiller(student=kdlib.build_student(), teacher=kdlib.build_teacher())
-    made.predict(IMAGES[:2], verbose=0)
-    with pytest.raises(ValueError, match=said):
-        made.fit(images, LABELS, verbose=0)
+    made.evaluate(IMAGES[:2], LABELS[:2], verbose=0)
+    return made
+
+
+@pytest.mark.parametrize("images, said", WRONG_IMAGES)
+def test_images_of_another_size_or_scale(published, images, said):
+    for door in (
+        lambda: published.fit(images, LABELS, verbose=0),
+        lambda: published.evaluate(images, LABELS, verbose=0),
+        lambda: published.fit((images, np.zeros((32, 10), "float32")), LABELS, verbose=0),
+        lambda: published.fit(IMAGES[:2], LABELS[:2], verbose=0, validation_data=(images, LABELS)),
+    ):
+        with pytest.raises(ValueError, match=said):
+            door()
 
 
 def test_models_of_different_sizes():
@@ -533,26 +564,30 @@ def test_stored_answers_without_a_teacher():
         made.fit(IMAGES, LABELS, verbose=0)
 
 
-def two_inputs(width, seed=0):
+def two_inputs(width, seed=0, *, named=False):
     keras.utils.set_random_seed(seed)
-    a, b = keras.Input((8,)), keras.Input((4,))
+    a, b = keras.Input((8,), name="a"), keras.Input((4,), name="b")
     hidden = layers.Dense(width, "relu")(layers.Concatenate()([a, b]))
-    return keras.Model([a, b], layers.Dense(3)(hidden))
+    return keras.Model({"a": a, "b": b} if named else [a, b], layers.Dense(3)(hidden))
 
 
-def test_stored_answers_are_told_from_a_second_input():
+@pytest.mark.filterwarnings("ignore:The structure of `inputs`")
+@pytest.mark.parametrize("named", [False, True])
+def test_stored_answers_are_told_from_a_second_input(named):
     rng, weights = np.random.default_rng(0), []
     a, b = rng.normal(size=(20, 8)).astype("float32"), rng.normal(size=(20, 4)).astype("float32")
-    teacher = two_inputs(16)
-    answers = teacher.predict((a, b), verbose=0)
-    for x in ((a, b), (a, b, answers), [[a, b], answers]):
-        student = two_inputs(4, seed=1)
+    both = {"a": a, "b": b} if named else (a, b)
+    teacher = two_inputs(16, named=named)
+    answers = teacher.predict(both, verbose=0)
+    for x in (both, (both, answers), [both, answers] if named else (a, b, answers)):
+        student = two_inputs(4, seed=1, named=named)
         made = distiller(student=student, teacher=teacher)
         made.fit(x, np.arange(20) % 3, shuffle=False, verbose=0)
         weights.append(student.get_weights())
-    for live, flat, nested in zip(*weights, strict=True):
-        np.testing.assert_allclose(live, flat, rtol=1e-4, atol=1e-6)
-        np.testing.assert_array_equal(flat, nested)
+        np.testing.assert_array_equal(made.predict(x, verbose=0), student.predict(both, verbose=0))
+    for live, nested, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(live, nested, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(nested, other)
 
 
 def test_another_soft_loss():
@@ -588,36 +623,139 @@ def test_backup_and_restore_goes_on_exactly(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_a_checkpoint_of_weights(tmp_path):
-    path = tmp_path / "last.weights.h5"
+def test_checkpoints(tmp_path):
+    """Of weights, for a distiller that goes on, and of the student alone."""
+    weights, model = tmp_path / "last.weights.h5", tmp_path / "last.keras"
     made, fresh = distiller(), distiller(student=tiny(seed=5))
-    made.fit(IMAGES, LABELS, verbose=0, callbacks=keras.callbacks.ModelCheckpoint(
-        path, save_weights_only=True))
-    fresh.load_weights(path)
-    for a, b in zip(made.get_weights(), fresh.student.get_weights(), strict=True):
-        np.testing.assert_array_equal(a, b)
+    made.fit(IMAGES, LABELS, verbose=0, callbacks=[
+        keras.callbacks.ModelCheckpoint(weights, save_weights_only=True),
+        keras.callbacks.ModelCheckpoint(model)])
+    fresh.load_weights(weights)
+    for copy in (fresh.student, keras.saving.load_model(model)):
+        for a, b in zip(made.get_weights(), copy.get_weights(), strict=True):
+            np.testing.assert_array_equal(a, b)
 
 
 def test_what_leaves_the_distiller_is_the_student(tmp_path, capsys):
     made = distiller()
     assert made.count_params() == made.student.count_params()
-    assert len(made.weights) == len(made.student.weights)
+    for a, b in zip(made.get_weights(), made.student.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
     made.summary(print_fn=print)
-    assert made.student.name in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert made.student.name in said and f"Total params: {made.count_params()}" in said
     made.export(tmp_path / "exported", verbose=False)
     exported = tf.saved_model.load(tmp_path / "exported")
+    _, inputs = exported.signatures["serving_default"].structured_input_signature
+    assert [spec.shape for spec in inputs.values()] == [(None, 32, 32, 3)]
     np.testing.assert_allclose(exported.serve(IMAGES.astype("float32")),
                                made.student.predict(IMAGES, verbose=0), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_steps_together():
     made, logs = distiller(), []
-    for more in ({}, {"steps_per_execution": 3}, {"jit_compile": True}):
+    for more in ({}, {"steps_per_execution": 3}, {"jit_compile": True}, {"run_eagerly": True}):
         made = distiller(student=tiny(seed=1), teacher=tiny(8))
         made.compile(keras.optimizers.SGD(0.1), **more)
         logs.append(made.fit(IMAGES, LABELS, batch_size=8, shuffle=False,
                              verbose=0).history["loss"][0])
-    assert logs[1:] == pytest.approx(logs[:1] * 2, rel=1e-4)
+    assert logs[1:] == pytest.approx(logs[:1] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("weights", [
+    {"sample_weight": np.linspace(0, 2, 32)}, {"class_weight": {k: 0.5 * k for k in range(10)}}])
+def test_weights_of_samples_and_classes_are_those_of_keras(weights):
+    plain, distilled = tiny(seed=1), tiny(seed=1)
+    plain.compile(keras.optimizers.SGD(0.1), CROSS_ENTROPY)
+    for model in (plain, distiller(student=distilled, alpha=1)):
+        model.fit(IMAGES, LABELS, batch_size=8, shuffle=False, verbose=0, **weights)
+    for a, b in zip(plain.get_weights(), distilled.get_weights(), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_stored_answers_are_split_with_their_images():
+    teacher = tiny(8)
+    made = distiller(teacher=teacher)
+    logs = made.fit((IMAGES, teacher.predict(IMAGES, verbose=0)), LABELS, validation_split=0.25,
+                    verbose=0).history
+    alone = made.evaluate(IMAGES[24:], LABELS[24:], return_dict=True, verbose=0)
+    for key, value in alone.items():
+        assert logs[f"val_{key}"][0] == pytest.approx(value, rel=1e-4)
+
+
+# --- faults that are known: strict, so that whoever mends one takes its mark away ---
+
+
+def known(why):
+    return pytest.mark.xfail(strict=True, reason=why)
+
+
+@known("a retraced graph forgets the size, and only arrays are looked at before")
+@pytest.mark.parametrize("door", [
+    lambda made, x: made.predict(x, verbose=0),
+    lambda made, x: made.fit(tf.data.Dataset.from_tensor_slices((x, LABELS)).batch(8),
+                             shuffle=False, verbose=0)])
+def test_images_of_another_size_at_other_doors(door):
+    made = distiller()
+    door(made, IMAGES)
+    with pytest.raises(ValueError, match="images have shape .* but the student takes"):
+        door(made, IMAGES[:, :28, :28])
+
+
+@known("only arrays in fit and evaluate are looked at")
+@pytest.mark.parametrize("door", [
+    lambda made, x: made.predict(x, verbose=0),
+    lambda made, x: made.evaluate(tf.constant(x), LABELS, verbose=0)])
+def test_images_of_another_scale_at_other_doors(published, door):
+    with pytest.raises(ValueError, match="raw pixels from 0 to 255"):
+        door(published, (IMAGES / 255).astype("float32"))
+
+
+@known("a model without inputs of its own is asked nothing")
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_a_softmax_in_a_subclassed_model(role):
+    class Hidden(Subclassed):
+        def call(self, images):
+            return keras.ops.softmax(super().call(images))
+
+    model = Hidden()
+    model(IMAGES)
+    with pytest.raises(ValueError, match=f"{role} gives probabilities"):
+        distiller(**{role: model}).fit(IMAGES, LABELS, verbose=0)
+
+
+@known("answers with nan are replaced by zeros, and the student learns from those")
+def test_answers_that_are_no_numbers_teach_nothing():
+    made = distiller(alpha=0)
+    before = [w.numpy() for w in made.trainable_variables]
+    with pytest.raises(ValueError, match="teacher_logits"):
+        made.fit((IMAGES, np.full((32, 10), np.nan, "float32")), batch_size=32, verbose=0)
+    for old, new in zip(before, made.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, new.numpy())
+
+
+@known("the file has the distiller's layout")
+def test_a_checkpoint_of_weights_in_a_student(tmp_path):
+    made, fresh = distiller(), tiny(seed=5)
+    made.save_weights(tmp_path / "a.weights.h5")
+    fresh.load_weights(tmp_path / "a.weights.h5")
+    for a, b in zip(made.get_weights(), fresh.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@known("callbacks are found by name only")
+def test_callbacks_by_position_as_keras_takes_them():
+    seen = keras.callbacks.History()
+    distiller().fit(IMAGES, LABELS, 8, 1, 0, [seen])
+    assert seen.epoch == [0]
+
+
+@known("nobody looks whether stored rows are probabilities")
+def test_probabilities_among_the_stored_answers():
+    stored = np.asarray(kdlib.soften(np.random.default_rng(0).normal(size=(32, 10)), 1))
+    with pytest.raises(ValueError, match="teacher_logits.*probabilities"):
+        distiller().fit((IMAGES, stored), LABELS, verbose=0)
 
 
 ANY_SETTING = st.one_of(
@@ -650,10 +788,11 @@ def test_the_library_stays_small():
     tree = ast.parse(text)
     lengths = [node.end_lineno - node.lineno + 1 for node in ast.walk(tree)
                if isinstance(node, ast.FunctionDef)]
-    imported = {name.name.split(".")[0] for node in ast.walk(tree)
-                if isinstance(node, ast.Import) for name in node.names}
+    imported = {name.split(".")[0] for node in ast.walk(tree)
+                if isinstance(node, (ast.Import, ast.ImportFrom))
+                for name in [getattr(node, "module", None) or node.names[0].name]}
     assert text.count("\n") <= 450 and max(lengths) <= 40
-    assert not imported & {"reference", "matplotlib", "seaborn", "pandas", "tensorflow", "tqdm"}
+    assert imported - set(sys.stdlib_module_names) == {"keras", "numpy", "scipy", "sklearn"}
 
 
 def test_its_examples_run():
@@ -700,8 +839,14 @@ plain.compile(keras.optimizers.SGD(0.1),
 plain.fit(x, y, epochs=3, batch_size=10, shuffle=False, verbose=0)
 assert all(map(np.array_equal, plain.get_weights(),
                trained(x, y, teacher, alpha=1)[0].get_weights()))
-a, b = (trained(x, y, teacher, regularizer=r)[1]["loss"][0] for r in (None, "l2"))
-assert b > a
+for alpha in (0, 0.3, 1):
+    student = net(4, 1, "l2")
+    made = kdlib.Distiller(student=student, teacher=teacher, temperature=4, alpha=alpha)
+    made.compile("sgd")
+    logs = made.evaluate(x, y, batch_size=15, return_dict=True, verbose=0)
+    kernel = keras.ops.convert_to_numpy(student.layers[-1].kernel)
+    want = alpha * logs["student_loss"] + (1 - alpha) * logs["distillation_loss"]
+    assert np.isclose(logs["loss"], want + 0.01 * np.sum(kernel**2), rtol=1e-5), logs
 try:
     trained(x, y + 1, teacher)
 except ValueError as error:
@@ -719,9 +864,16 @@ def python_with(backend):
     return python if found.returncode == 0 else pytest.skip(f"{backend} is not installed")
 
 
+def on_a_backend(backend, code, folder):
+    """The last line that the code prints, with a copy of kdlib.py and no other file of ours."""
+    shutil.copy(ROOT / "kdlib.py", folder)
+    done = subprocess.run([python_with(backend), "-c", code], capture_output=True, text=True,
+                          cwd=folder, env={**os.environ, "KERAS_BACKEND": backend})
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.splitlines()[-1]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_the_distiller_on_every_backend(backend):
-    done = subprocess.run([python_with(backend), "-c", ON_A_BACKEND], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "KERAS_BACKEND": backend})
-    assert done.stdout.endswith(f"fine on {backend}\n"), done.stderr[-2000:]
+def test_the_distiller_on_every_backend(backend, tmp_path):
+    assert on_a_backend(backend, ON_A_BACKEND, tmp_path) == f"fine on {backend}"

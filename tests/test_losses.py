@@ -2,8 +2,6 @@
 
 from reference import runs  # isort: skip  (first: keeps TensorFlow quiet)
 import json
-import os
-import subprocess
 
 import kdlib
 import keras
@@ -14,12 +12,12 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from test_distiller import ROOT, python_with
+from test_distiller import on_a_backend
 
 settings.register_profile("house", deadline=None, derandomize=True)  # the same in every run
 settings.load_profile("house")
 
-TEMPERATURES = [0.5, 1.0, 2.0, 4.0, 10.0, 100.0]
+TEMPERATURES = [0.5, 1.0, 4.0, 20.0, 100.0]
 
 
 def log_softmax64(logits, temperature):
@@ -38,7 +36,7 @@ def some_logits(scale, seed=0, shape=(2, 32, 10)):
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("scale", [0.01, 0.1, 3.0, 30.0, 300.0, 1000.0])
+@pytest.mark.parametrize("scale", [0.01, 0.1, 1.0, 30.0, 300.0, 1000.0])
 def test_loss_and_gradient_agree_with_float64(temperature, scale):
     """Also where the loss is a millionth: the values are made of float32, the oracle is not."""
     teacher, student = some_logits(scale)
@@ -54,9 +52,12 @@ def test_loss_and_gradient_agree_with_float64(temperature, scale):
 
 
 def test_a_class_of_probability_zero_contributes_nothing():
-    loss = kdlib.distillation_loss(teacher_logits=np.array([[0.0, -np.inf]], "float32"),
-                                   student_logits=np.zeros((1, 2), "float32"), temperature=1)
+    student = tf.Variable([[0.0, 0.0]])
+    with tf.GradientTape() as tape:
+        loss = kdlib.distillation_loss(teacher_logits=np.array([[0.0, -np.inf]], "float32"),
+                                       student_logits=student, temperature=1)
     assert float(loss) == pytest.approx(np.log(2), rel=1e-6)
+    np.testing.assert_allclose(tape.gradient(loss, student), [[-0.5, 0.5]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
@@ -147,7 +148,7 @@ def test_expected_calibration_error_by_hand():
 # --- properties, on whatever hypothesis comes up with ---
 
 SHAPES = hnp.array_shapes(min_dims=2, max_dims=2, min_side=2, max_side=12)
-TEMPERATURE = st.floats(0.25, 64)
+TEMPERATURE = st.floats(0.25, 100)
 
 
 @st.composite
@@ -222,6 +223,13 @@ def test_gradient_against_finite_differences(logits, temperature):
         assert got[at] == pytest.approx(slope / (2 * step), rel=1e-3, abs=1e-6)
 
 
+@given(two_logits(size=2**-7), st.floats(20, 100))
+def test_a_tiny_loss_is_never_negative(logits, temperature):
+    """Where a difference of logarithms would be rounding, times T^2."""
+    got, want = loss_of(*logits, temperature), loss64(*logits, temperature)
+    assert got >= 0 and got == pytest.approx(want, rel=1e-3, abs=1e-12)
+
+
 # --- bad input: a sentence, never a traceback from deep inside ---
 
 ANYTHING = st.one_of(
@@ -256,43 +264,44 @@ def test_bad_input_is_answered_with_a_sentence(teacher, student, temperature):
 
 ON_ANOTHER_BACKEND = """
 import json, kdlib, keras, numpy as np
-name = keras.backend.backend()
-teacher, student = np.random.default_rng(0).uniform(-5, 5, (2, 32, 10)).astype("float32")
-loss = lambda logits: kdlib.distillation_loss(
-    teacher_logits=teacher, student_logits=logits, temperature=4)
-if name == "torch":
-    import torch
-    leaf = torch.tensor(student, requires_grad=True)
-    value = loss(leaf)
-    value.backward()
-    gradient = leaf.grad.numpy()
-elif name == "jax":
-    import jax
-    value, gradient = jax.value_and_grad(loss)(jax.numpy.asarray(student))
-else:
-    import tensorflow as tf
-    leaf = tf.Variable(student)
-    with tf.GradientTape() as tape:
-        value = loss(leaf)
-    gradient = tape.gradient(value, leaf).numpy()
-soft = keras.ops.convert_to_numpy(kdlib.soften(teacher, 4))
-print(json.dumps([name, float(value), np.asarray(gradient).tolist(), soft.tolist()]))
+name, answers = keras.backend.backend(), []
+for scale in (0.01, 1.0, 30.0, 1000.0):
+    rng = np.random.default_rng(0)
+    teacher, student = rng.uniform(-scale, scale, (2, 32, 10)).astype("float32")
+    for temperature in (0.5, 1, 4, 20, 100):
+        loss = lambda logits: kdlib.distillation_loss(
+            teacher_logits=teacher, student_logits=logits, temperature=temperature)
+        if name == "torch":
+            import torch
+            leaf = torch.tensor(student, requires_grad=True)
+            value = loss(leaf)
+            value.backward()
+            gradient = leaf.grad.numpy()
+        else:
+            import jax
+            value, gradient = jax.value_and_grad(loss)(jax.numpy.asarray(student))
+        soft = keras.ops.convert_to_numpy(kdlib.soften(teacher, temperature))
+        gradient = np.asarray(gradient)
+        answers.append([scale, temperature, float(value), gradient.tolist(), soft.tolist()])
+masked = kdlib.distillation_loss(teacher_logits=np.array([[0, -np.inf]], "float32"),
+                                 student_logits=np.zeros((1, 2), "float32"), temperature=1)
+print(json.dumps([name, float(masked), answers]))
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["tensorflow", "jax", "torch"])
-def test_losses_and_their_gradient_on_every_backend(backend):
-    done = subprocess.run([python_with(backend), "-c", ON_ANOTHER_BACKEND], capture_output=True,
-                          text=True, cwd=ROOT, env={**os.environ, "KERAS_BACKEND": backend})
-    assert done.returncode == 0, done.stderr[-2000:]
-    name, loss, gradient, soft = json.loads(done.stdout.splitlines()[-1])
-    teacher, student = some_logits(5)
-    p, q = (np.exp(log_softmax64(z, 4)) for z in (teacher, student))
-    assert name == backend
-    assert loss == pytest.approx(loss64(teacher, student, 4), rel=1e-4)
-    np.testing.assert_allclose(gradient, 4 * (q - p) / len(student), rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(soft, p, rtol=1e-4)
+@pytest.mark.parametrize("backend", ["jax", "torch"])
+def test_losses_and_their_gradient_on_other_backends(backend, tmp_path):
+    name, masked, answers = json.loads(on_a_backend(backend, ON_ANOTHER_BACKEND, tmp_path))
+    assert name == backend and masked == pytest.approx(np.log(2), rel=1e-6)
+    assert len(answers) == 20
+    for scale, temperature, loss, gradient, soft in answers:
+        teacher, student = some_logits(scale)
+        p, q = (np.exp(log_softmax64(z, temperature)) for z in (teacher, student))
+        want = temperature * (q - p) / len(student)
+        assert loss == pytest.approx(loss64(teacher, student, temperature), rel=1e-3)
+        assert np.linalg.norm(gradient - want) < 1e-3 * np.linalg.norm(want)
+        np.testing.assert_allclose(soft, p, rtol=2e-4, atol=1e-7)
 
 
 def test_keras_own_default_is_still_the_one_that_notebook_07_shows():
