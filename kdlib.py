@@ -1,6 +1,8 @@
 """Knowledge distillation with Keras 3: data, models, losses and Distiller, in one sitting."""
 
+import functools
 import hashlib
+import inspect
 import io
 import math
 import numbers
@@ -262,10 +264,6 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     return temperature**2 * ops.mean(ops.sum(terms, axis=-1))
 
 
-def _agree(a, b) -> bool:
-    return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
-
-
 def _as_float(name: str, logits):
     """At least float32: half precision is too coarse for differences of logarithms."""
     try:
@@ -288,6 +286,93 @@ def _number(name: str, value) -> float:
     return float(value)
 
 
+# --- what is refused ------------------------------------------------------------------
+
+def _inputs(model) -> list[tuple]:
+    return [tuple(tensor.shape[1:]) for tensor in getattr(model, "inputs", None) or ()]
+
+
+def _agree(a, b) -> bool:
+    return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
+
+
+def _are_even(rows) -> bool:
+    return rows.min() >= 0 and np.abs(rows.sum(axis=-1) - 1).max() < 1e-2
+
+
+def check_model(role: str, model) -> int | None:
+    """The number of logits that a model gives, asked about two images of noise."""
+    require(isinstance(model, keras.Model) and model.built, f"{role} is a {type(model).__name__}. "
+            "Give a built Keras model: call it once on images, of a Run take .model.", TypeError)
+    asked = getattr(model, "inputs", None)
+    built = (model.get_build_config() or {}).get("input_shape")  # of a subclassed model
+    if not asked and not isinstance(built, tuple):
+        return None  # its first batch will tell
+    rng = np.random.default_rng(0)
+    noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in each.shape[1:]))), each.dtype)
+             for each in asked or [keras.KerasTensor(built)]]
+    noise = keras.tree.pack_sequence_as(model.input, noise) if len(noise) > 1 else noise[0]
+    answers, last = model(noise, training=False), getattr(model.layers[-1], "activation", None)
+    shape = tuple(getattr(answers, "shape", ()))
+    require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
+            "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
+    even = _are_even(ops.convert_to_numpy(ops.cast(answers, "float32")))
+    require(not even and last is not keras.activations.sigmoid, f"{role} gives probabilities, not "
+            "logits. Build it without a softmax at its end: new.set_weights(model.get_weights()).")
+    return shape[-1]
+
+
+def check_images(role: str, model, images):
+    """Return the images if their size and scale are those that the model was built for."""
+    expected, shape = _inputs(model), tuple(getattr(images, "shape", None) or ())
+    # None in a graph: the size changed between batches, or the pipeline does not know it.
+    fits = len(expected) != 1 or not shape or (_agree(shape[1:], expected[0])
+                                               and shape[1:].count(None) <= expected[0].count(None))
+    require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
+            "keras.ops.image.resize, or set_shape where the size is right.")
+    require(not isinstance(images, np.ndarray) or bool(_are_raw(model, images)), "images are at "
+            f"most 1, but the {role} takes raw pixels from 0 to 255, and normalises them itself.")
+    return images
+
+
+def _are_raw(model, images):
+    """Whether images, of a graph too, have the scale that the model's own layers expect."""
+    raw = any((isinstance(layer, layers.Normalization) and np.max(layer.mean) > 1)
+              or (isinstance(layer, layers.Rescaling) and np.max(layer.scale) < 0.1)
+              for layer in getattr(model, "layers", ()))
+    if not raw or "float" not in str(getattr(images, "dtype", "")) or 0 in images.shape:
+        return True
+    return (ops.max(images) > 1) | (ops.max(images) == ops.min(images))
+
+
+def _guarded(method):
+    @functools.wraps(method)
+    def guarded(self, *args, **more):
+        call = inspect.signature(method).bind(self, *args, **more)
+        x, callbacks = (call.arguments.get(key) for key in ("x", "callbacks"))
+        images, stored = (ops.convert_to_numpy(each[:64]) if ops.is_tensor(each) else each
+                          for each in self._split(x))
+        check_images("student", self.student, images)
+        require(not isinstance(stored, np.ndarray) or not _are_even(stored), "teacher_logits are "
+                "probabilities. Store what comes before the softmax, or np.log of them.")
+        if not isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit has ours
+            guard = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
+            call.arguments["callbacks"] = [guard, *keras.tree.flatten(callbacks or [])]
+        return method(*call.args, **call.kwargs)
+    return guarded
+
+
+def _look(batch, logs):
+    hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
+    require(hard != -math.inf, f"images in batch {batch} are at most 1, not raw pixels from 0 to 255.")
+    hard, soft = math.isfinite(hard), math.isfinite(soft)
+    require(hard or not soft, f"labels in batch {batch} are neither class numbers nor -1, unknown, "
+            "or a sample_weight is not finite.")
+    require(soft or not hard, f"teacher_logits in batch {batch} hold nan or infinity.")
+    require(hard, f"loss in batch {batch} is not finite: the training has diverged. Lower the "
+            "learning rate.", FloatingPointError)
+
+
 # --- distiller ------------------------------------------------------------------------
 
 class Distiller(keras.Model):
@@ -308,25 +393,24 @@ class Distiller(keras.Model):
         classes, seen = check_model("student", student), _inputs(student)
         if teacher is not None:
             taught, asked = check_model("teacher", teacher), _inputs(teacher)
-            require(_agree([taught], [classes]) and (asked == seen or not (asked and seen)),
+            require(_agree([taught], [classes]) and all(map(_agree, asked, seen)),
                     f"teacher takes {asked}, gives {taught} logits, student {seen}, {classes}. "
                     "They must agree. A Resizing layer fits inside a model.")
             require(not {id(w) for w in student.weights} & {id(w) for w in teacher.weights},
-                    "student and teacher share weights, so training would change the teacher. Copy "
-                    "it first: keras.models.clone_model, set_weights.")
+                    "student and teacher share weights. Copy one: clone_model, set_weights.")
             if student.count_params() > teacher.count_params():
-                warnings.warn("student has more parameters than teacher. Are the two swapped?",
-                              stacklevel=2)
+                warnings.warn("student is larger than teacher. Are they swapped?", stacklevel=2)
         super().__init__(name="distiller", dtype=student.dtype_policy)  # float16: scale the loss
-        self._temperature = _number("temperature", temperature)
-        self._alpha, self._soft_loss = _number("alpha", alpha), soft_loss
-        self.student, self.built = student, True
-        self.save, self.export, self.summary = student.save, student.export, student.summary
+        self._temperature, self._alpha = _number("temperature", temperature), _number("alpha", alpha)
+        self.student, self._soft_loss, self.built = student, soft_loss, True
         self._losses_seen = [keras.metrics.Mean(n) for n in ("student_loss", "distillation_loss")]
+        self.save, self.export, self.summary = student.save, student.export, student.summary
+        self.save_weights = self._with_optimizer(student.save_weights)
+        self.load_weights = self._with_optimizer(student.load_weights)
 
         def ask(images):  # in a closure Keras does not find the teacher: it is not trained or saved
             require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
-            check_images("teacher", teacher, images)
+            images = check_images("teacher", teacher, images)
             return ops.stop_gradient(teacher(images, training=False))
 
         self._ask_teacher = ask
@@ -334,32 +418,31 @@ class Distiller(keras.Model):
     temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
+    def _with_optimizer(self, method):  # a checkpoint goes on, and fits the student alone
+        def lend(*args, **more):
+            self.student.optimizer = self.optimizer
+            try:
+                method(*args, **more)
+            finally:
+                self.student.optimizer = None
+        return lend
+
     def compile(self, optimizer="rmsprop", loss=None, metrics=None, weighted_metrics=None, **more):
         """As Keras's. The student_loss is cross-entropy; without metrics it shows the accuracy."""
-        fits = isinstance(loss, keras.losses.SparseCategoricalCrossentropy) and loss.from_logits
-        require((loss is None or fits) and "loss_weights" not in more, f"loss is {loss!r}. Leave "
-                "it out (SparseCategoricalCrossentropy(from_logits=True)); alpha is its weight.")
+        usual = keras.losses.SparseCategoricalCrossentropy(from_logits=True).get_config()
+        fits = loss is None or isinstance(loss, keras.losses.Loss) and loss.get_config() == usual
+        require(fits and "loss_weights" not in more, f"loss is {loss!r}. Leave it out: it is "
+                "SparseCategoricalCrossentropy(from_logits=True), and alpha is its weight.")
         if metrics is weighted_metrics is None:
             weighted_metrics = ["accuracy"]  # of images with a known label
         super().compile(optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **more)
 
-    def fit(self, x=None, *args, **more):
-        return super().fit(x, *args, **self._guarded(x, more))
-
-    def evaluate(self, x=None, *args, **more):
-        return super().evaluate(x, *args, **self._guarded(x, more))
-
-    def _guarded(self, x, more):
-        check_images("student", self.student, self._split(x)[0])
-        callbacks = more.get("callbacks")
-        if isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit: it has ours
-            return more
-        guard = keras.callbacks.LambdaCallback(on_train_batch_end=_guard, on_test_batch_end=_guard)
-        return more | {"callbacks": [guard, *keras.tree.flatten(callbacks or [])]}
+    fit, evaluate, predict = map(
+        _guarded, (keras.Model.fit, keras.Model.evaluate, keras.Model.predict))
 
     def call(self, inputs, training=None):
-        images = check_images("student", self.student, self._split(inputs)[0])
-        return self.student(images, training=training)
+        images, _ = self._split(inputs)
+        return self.student(check_images("student", self.student, images), training=training)
 
     def _split(self, x):
         """The student's inputs and the teacher's stored logits, or None to ask it live."""
@@ -368,8 +451,8 @@ class Distiller(keras.Model):
         return (x[0] if len(x) == 2 else x[:-1], x[-1]) if stored else (x, None)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # Keras calls this in each step. Bad labels and logits are left out of the loss, so that no
-        # weight is lost, and make a metric nan, so that the guard raises.
+        # Keras calls this in each step. What is wrong stays out of the loss, so that no weight is
+        # lost, and makes a metric nan or -inf, so that the guard raises.
         images, stored = self._split(x)
         given = self._ask_teacher(images) if stored is None else stored
         answers = _as_float("teacher_logits", given)
@@ -378,73 +461,29 @@ class Distiller(keras.Model):
                                student_logits=y_pred, temperature=self.temperature)
         y, weight, valid = self._labels(y, y_pred, sample_weight)
         hard = keras.losses.sparse_categorical_crossentropy(y, _as_float("logits", y_pred), True)
-        hard = ops.mean(weight * hard)
-        batch = ops.shape(y_pred)[0]  # the last batch may be smaller, and counts for less
-        for seen, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
-            seen.update_state(ops.where(good, loss, math.nan), batch)
-        loss = self.alpha * hard + (1 - self.alpha) * soft + sum(map(ops.sum, self.losses))
+        hard, raw = ops.mean(weight * hard), _are_raw(self.student, images)
+        for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
+            loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
+            metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
+        loss = self.alpha * hard + (1 - self.alpha) * ops.where(sound, soft, 0.0)
+        loss = ops.where(raw, loss, 0.0) + sum(map(ops.sum, self.losses))
         strategy = getattr(self, "distribute_strategy", None)  # replicas' gradients are summed
         return loss / (strategy.num_replicas_in_sync if strategy else 1)
 
     def _labels(self, y, logits, weight):
         """Class numbers, the weight of each, and whether all were valid or -1 (unknown)."""
         y = ops.full(ops.shape(logits)[:1], -1) if y is None and self.alpha == 0 else y
-        shape, classes = () if y is None else tuple(y.shape), logits.shape[-1]
+        shape, classes = tuple(getattr(y, "shape", ())), logits.shape[-1]
         require(len(shape) == 1 or shape[1:] == (1,), f"labels have shape {shape}. Give class "
                 "numbers: fit(images, labels). np.argmax makes them from one-hot rows.")
         given, y = ops.reshape(y, (-1,)), ops.cast(ops.reshape(y, (-1,)), "int32")
         whole = ops.cast(given, "float32") == ops.cast(y, "float32")
         known = whole & (y >= 0) & (y < classes)
-        weight = 1.0 if weight is None else ops.cast(ops.reshape(weight, (-1,)), "float32")
-        return (ops.where(known, y, 0), ops.cast(known, "float32") * weight,
-                ops.all(known | (whole & (y == -1))))
+        weight = ops.ones(ops.shape(y)) if weight is None else ops.reshape(weight, (-1,))
+        weight = ops.cast(weight, "float32")
+        valid = (known | (whole & (y == -1))) & ops.isfinite(weight)
+        return ops.where(known, y, 0), ops.where(known & valid, weight, 0.0), ops.all(valid)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y, weight, _ = self._labels(y, y_pred, sample_weight)
         return super().compute_metrics(x, y, y_pred, weight)
-
-
-def _guard(batch, logs):
-    hard, soft = (math.isfinite(logs.get(f"{key}_loss", 0)) for key in ("student", "distillation"))
-    require(hard or not soft, f"labels in batch {batch} are neither class numbers nor -1, unknown.")
-    require(soft or not hard, f"teacher_logits in batch {batch} hold nan or infinity.")
-    require(hard, f"loss in batch {batch} is not finite: the training has diverged. Lower the "
-            "learning rate.", FloatingPointError)
-
-
-def _inputs(model) -> list[tuple]:
-    return [tuple(tensor.shape[1:]) for tensor in getattr(model, "inputs", None) or ()]
-
-
-def check_images(role: str, model, images):
-    """Return the images if their size and scale are those that the model was built for."""
-    expected, shape = _inputs(model), tuple(getattr(images, "shape", ()))
-    require(len(expected) != 1 or not shape or _agree(shape[1:], expected[0]),
-            f"images have shape {shape}, but the {role} takes {expected}: keras.ops.image.resize.")
-    raw = any(isinstance(layer, layers.Normalization) and np.max(layer.mean) > 1
-              for layer in getattr(model, "layers", ()))
-    scaled = isinstance(images, np.ndarray) and images.dtype.kind == "f" and images.max() <= 1
-    require(not (raw and scaled and np.ptp(images)), f"images of the {role} are at most 1, but it "
-            "takes raw pixels from 0 to 255 and normalises them itself.")
-    return images
-
-
-def check_model(role: str, model) -> int | None:
-    """The number of logits that a model gives, asked about two images of noise."""
-    require(isinstance(model, keras.Model) and model.built, f"{role} is a {type(model).__name__}. "
-            "Give a built Keras model: call it once on images, of a Run take .model.", TypeError)
-    if not _inputs(model):
-        return None  # a subclassed model: its first batch will tell
-    rng = np.random.default_rng(0)
-    noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in each.shape[1:]))), each.dtype)
-             for each in model.inputs]
-    answers = model(noise if len(noise) > 1 else noise[0], training=False)
-    shape = tuple(getattr(answers, "shape", ()))
-    require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
-            "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
-    values, last = ops.convert_to_numpy(ops.cast(answers, "float32")), model.layers[-1]
-    even = values.min() >= 0 and np.abs(values.sum(axis=-1) - 1).max() < 1e-2
-    require(not even and getattr(last, "activation", 0) is not keras.activations.sigmoid,
-            f"{role} gives probabilities, not logits. Build it without its last softmax or sigmoid "
-            "and copy the weights: new.set_weights(model.get_weights()).")
-    return shape[-1]
