@@ -336,7 +336,7 @@ def check_images(role: str, model, images):
 
 
 def _are_raw(model, images):
-    """Whether images, of a graph too, have the scale that the model's own layers expect."""
+    """Whether images, also in a graph, have the scale that the model's own layers expect."""
     raw = any((isinstance(layer, layers.Normalization) and np.max(layer.mean) > 1)
               or (isinstance(layer, layers.Rescaling) and np.max(layer.scale) < 0.1)
               for layer in getattr(model, "layers", ()))
@@ -349,14 +349,15 @@ def _guarded(method):
     @functools.wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        x, callbacks = (call.arguments.get(key) for key in ("x", "callbacks"))
-        images, stored = (ops.convert_to_numpy(each[:64]) if ops.is_tensor(each) else each
-                          for each in self._split(x))
+        callbacks, split = call.arguments.get("callbacks"), self._split(call.arguments.get("x"))
+        images, stored = (ops.convert_to_numpy(part[:64]) if ops.is_tensor(part) else part
+                          for part in split)
         check_images("student", self.student, images)
         require(not isinstance(stored, np.ndarray) or not _are_even(stored), "teacher_logits are "
                 "probabilities. Store what comes before the softmax, or np.log of them.")
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit has ours
-            guard = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
+            guard = keras.callbacks.LambdaCallback(
+                on_train_batch_end=_look, on_test_batch_end=_look)
             call.arguments["callbacks"] = [guard, *keras.tree.flatten(callbacks or [])]
         return method(*call.args, **call.kwargs)
     return guarded
@@ -364,7 +365,7 @@ def _guarded(method):
 
 def _look(batch, logs):
     hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
-    require(hard != -math.inf, f"images in batch {batch} are at most 1, not raw pixels from 0 to 255.")
+    require(hard != -math.inf, f"images in batch {batch} are not raw pixels from 0 to 255.")
     hard, soft = math.isfinite(hard), math.isfinite(soft)
     require(hard or not soft, f"labels in batch {batch} are neither class numbers nor -1, unknown, "
             "or a sample_weight is not finite.")
@@ -401,8 +402,9 @@ class Distiller(keras.Model):
             if student.count_params() > teacher.count_params():
                 warnings.warn("student is larger than teacher. Are they swapped?", stacklevel=2)
         super().__init__(name="distiller", dtype=student.dtype_policy)  # float16: scale the loss
-        self._temperature, self._alpha = _number("temperature", temperature), _number("alpha", alpha)
-        self.student, self._soft_loss, self.built = student, soft_loss, True
+        self._temperature = _number("temperature", temperature)
+        self._alpha, self._soft_loss = _number("alpha", alpha), soft_loss
+        self.student, self.built = student, True
         self._losses_seen = [keras.metrics.Mean(n) for n in ("student_loss", "distillation_loss")]
         self.save, self.export, self.summary = student.save, student.export, student.summary
         self.save_weights = self._with_optimizer(student.save_weights)

@@ -103,6 +103,39 @@ def few_labels(dataset, percent: float, *, hide: bool):
     return replace(dataset, y_train=hidden)
 
 
+def wrong_labels(dataset, percent: float):
+    """The dataset with so many training labels replaced by another class, drawn at random.
+
+    Validation and test labels stay right. Source: Zhang et al. 2017, section 2.2.
+    """
+    rng, labels = np.random.default_rng(2017), dataset.y_train.copy()
+    which = rng.permutation(len(labels))[:round(len(labels) * percent / 100)]
+    classes = len(dataset.class_names)
+    labels[which] = (labels[which] + rng.integers(1, classes, len(which))) % classes
+    return replace(dataset, y_train=labels)
+
+
+# --- signals: several answers as one teacher ------------------------------------------
+
+
+def mirrored(teacher):
+    """The mean of the logits for an image and for its mirror image."""
+    pixels = keras.Input(teacher.inputs[0].shape[1:], name="pixels")
+    answers = [teacher(pixels), teacher(keras.ops.flip(pixels, axis=2))]
+    return keras.Model(pixels, layers.Average()(answers), name="mirrored")
+
+
+def together(*teachers):
+    """The mean of the teachers' probabilities, as logits. Source: Hinton et al. 2015, section 5."""
+    pixels = keras.Input(teachers[0].inputs[0].shape[1:], name="pixels")
+    answers = [keras.ops.log_softmax(teacher(pixels)) for teacher in teachers]
+    # The logarithm of a sum, not of a mean: logits may differ by a constant.
+    return keras.Model(pixels, keras.ops.logsumexp(keras.ops.stack(answers), axis=0),
+                       name="together")
+
+
+SIGNALS = {function.__name__: function for function in (mirrored, together)}
+
 # --- the table ------------------------------------------------------------------------
 
 
@@ -113,12 +146,14 @@ class Experiment:
     method: str  # the name in results.csv
     seeds: tuple[int, ...] = (0,)
     dataset: str = "cifar10"
-    teacher: str | None = None  # the run that teaches; "{seed}" stands for the pair's own seed
+    teacher: str | None = None  # the runs that teach; "{seed}" stands for the pair's own seed
+    signal: str | None = None  # how they answer as one: a name in SIGNALS
     control: str | None = None  # what becomes of the teacher's answers: a name in CONTROLS
     temperature: float = 4.0
     alpha: float = 0.1
     recipe: dict = field(default_factory=dict)  # where it differs from the published recipe
-    labels: float = 100.0  # per cent of the training labels that the student knows
+    labels: float = 100.0  # per cent of the training labels that are known
+    wrong: float = 0.0  # per cent of the training labels that are wrong
     build: Callable | None = None
     weights: bool = False  # publish the trained model, not only its row
     choice: bool = False  # only for choosing on validation: the test set is not looked at
@@ -131,6 +166,13 @@ class Experiment:
         return runs.stem({
             "dataset": self.dataset, "method": self.method, "seed": seed,
             "temperature": self.temperature if self.distilled else None, "alpha": self.alpha})
+
+    def teachers(self, seed: int) -> list[str]:
+        return (self.teacher or "").format(seed=seed).split()
+
+    def taught_by(self, seed: int) -> str | None:
+        """What the column teacher of results.csv says."""
+        return "+".join([*self.teachers(seed), *([self.signal] if self.signal else [])]) or None
 
     def full_recipe(self) -> runs.Recipe:
         return replace(runs.recipe_for(_Name(self.dataset), self.method), **self.recipe)
@@ -214,7 +256,7 @@ def _digits() -> list[Experiment]:
 
 
 def _recipe_choice() -> list[Experiment]:
-    """Part A of PROTOCOL.md: candidates after 8 epochs."""
+    """Part A of PROTOCOL.md: candidates after 8 epochs, then 20 for what passed."""
     eight, seed = {"epochs": 8}, (100,)
     changes = {"": {}, "-average": {"average": 0.998}, "-rate-3e-2": {"learning_rate": 0.03},
                "-decay-5e-2": {"weight_decay": 0.05}}
@@ -228,7 +270,11 @@ def _recipe_choice() -> list[Experiment]:
                              teacher="teacher-seed0")]
     table.append(Experiment("scratch-8-epochs-smoothing", seed, choice=True,
                             recipe=eight | {"smoothing": 0.1}))
-    return table
+    # What passed (+0.36 points) goes on.
+    return table + [
+        Experiment("scratch-20-epochs", (100, 101), choice=True),
+        Experiment("scratch-20-epochs-smoothing", (100, 101), choice=True,
+                   recipe={"smoothing": 0.1})]
 
 
 def residual_teacher(num_classes: int = 10) -> keras.Model:
@@ -251,20 +297,48 @@ def residual_teacher(num_classes: int = 10) -> keras.Model:
 
 
 def _evidence() -> list[Experiment]:
-    """Parts B and C of PROTOCOL.md.
+    """Parts B to G of PROTOCOL.md.
 
     Of part B only the teachers and the sixth scratch student stand here. The distilled students,
     each with a teacher of its own, take the place of those of one teacher when all are there.
     """
-    one = "teacher-seed0"
-    return [
+    one, own, six = "teacher-seed0", "teacher-seed{seed}", range(6)
+    table = [  # B, C
         Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
         Experiment("scratch", (5,), weights=True),
         Experiment("distilled-smoothed", PAIRS, teacher=one, control="smoothed"),
         Experiment("distilled-evened", PAIRS, teacher=one, control="evened"),
         Experiment("distilled-shuffled", PAIRS, teacher=one, control="shuffled"),
         Experiment("distilled-twin", PAIRS, teacher="scratch-seed0"),
+        # D: better teachers, and worse ones
+        Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
+        Experiment("distilled-six", PAIRS, signal="together",
+                   teacher=" ".join(f"teacher-seed{k}" for k in six)),
+        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
+        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
+        Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
+        Experiment("distilled-smooth-teacher", PAIRS, teacher="teacher-smoothing-seed{seed}"),
     ]
+    for epochs in (10, 40):  # E
+        recipe = {"epochs": epochs}
+        table += [Experiment(f"scratch-{epochs}-epochs", (1, 2), recipe=recipe),
+                  Experiment(f"distilled-{epochs}-epochs-own", TRIPLE, teacher=own, recipe=recipe)]
+    for percent in (1, 5, 10, 25):  # F
+        name, known = f"{percent}-percent", {"labels": percent}
+        table += [
+            Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
+            Experiment(f"distilled-5-epochs-{name}-own", TRIPLE, recipe=FIVE, **known,
+                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}"),
+            Experiment(f"scratch-5-epochs-{name}", TRIPLE if percent == 25 else (1, 2),
+                       recipe=FIVE, **known),
+            Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
+    for percent in (20, 40):  # G
+        name, wrong = f"{percent}-wrong", {"wrong": percent}
+        table += [Experiment(f"teacher-{name}", TRIPLE, **wrong),
+                  Experiment(f"scratch-{name}", TRIPLE, **wrong),
+                  Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
+                             **wrong)]
+    return table
 
 
 PUBLISHED = _published()  # what the notebooks show
@@ -299,16 +373,22 @@ class Maker:
         data, teacher, answers = self.data(each.dataset), None, None
         recipe = each.full_recipe()
         if each.teacher is not None:
-            teacher = self.make(*self.find(each.dataset, each.teacher.format(seed=seed)), **more)
+            runs_that_teach = [self.make(*self.find(each.dataset, name), **more)
+                               for name in each.teachers(seed)]
+            teacher = runs_that_teach[0]
+            if each.signal:
+                teacher = SIGNALS[each.signal](*(run.model for run in runs_that_teach))
         if each.control:
             change = CONTROLS[each.control]
             answers = [change(logits, data.y_train, each.temperature)
                        for logits in runs.teacher_answers(teacher.model, data, recipe)]
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled)
+        if each.wrong:
+            data = wrong_labels(data, each.wrong)
         return dict(method=each.method, dataset=data, teacher=teacher, answers=answers,
                     build=each.build, temperature=each.temperature, alpha=each.alpha,
-                    recipe=recipe, seed=seed)
+                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed))
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         return runs.train_or_load(**self.settings(each, seed, **more), **more)
@@ -322,11 +402,22 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
     notes, wanted = store.read_notes(path), vars(each.full_recipe())
     if any(notes["spec"].get(key) != wanted[key] for key in wanted):
         return None
-    if each.distilled:
-        teacher = runs.REFERENCE / "rows" / f"{each.dataset}-{each.teacher.format(seed=seed)}.json"
-        if not teacher.exists() or store.read_notes(teacher)["model"] != notes["judge"]:
-            return None
+    if each.distilled and _digest_of_teacher(each, seed) != notes["judge"]:
+        return None
     return notes
+
+
+def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
+    """Of the published models that teach; None where one of them is not there yet."""
+    names = [f"{each.dataset}-{name}" for name in each.teachers(seed)]
+    paths = [runs.REFERENCE / "rows" / f"{name}.json" for name in names]
+    if not all(path.exists() for path in paths):
+        return None
+    if not each.signal:
+        return store.read_notes(paths[0])["model"]
+    models = [keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
+              for name in names]
+    return store.model_digest(SIGNALS[each.signal](*models))
 
 
 def missing(experiments) -> list[tuple[Experiment, int]]:

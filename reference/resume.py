@@ -88,3 +88,16 @@ class Keeper(keras.callbacks.Callback):
 def _state_of(trainer) -> list:
     """All that training changes: weights, statistics, Dropout's seeds, the optimizer."""
     return [*trainer.variables, *trainer.optimizer.variables]
+
+
+def check_loads(model, folder: Path) -> None:
+    """Before the training: what ``build`` returns can be loaded afterwards."""
+    path = folder / "aside-first.keras"
+    try:
+        model.save(path)
+        keras.saving.load_model(path, compile=False)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"Keras cannot load back what build returns ({str(error)[:200]}). Use "
+                         "keras.saving.register_keras_serializable for its classes.") from None
+    finally:
+        path.unlink(missing_ok=True)

@@ -158,7 +158,7 @@ class Task:
     def train(self, callbacks=None) -> resume.Keeper:
         """Fit the model from where the folder says it stopped; returns the keeper of its state."""
         if self.own:
-            _check_loads(self.model, self.folder)
+            resume.check_loads(self.model, self.folder)
         trainer, validation, answers = self._trainer()
         steps = -(-len(self.dataset.y_train) // self.recipe.batch_size)
         smooth = self.recipe.smoothing and not self.distilled
@@ -258,25 +258,17 @@ def _check_fits(role: str, model, dataset) -> np.ndarray:
     return predict_logits(model, dataset.x_train[:2], role=role)
 
 
-def _check_loads(model, folder: Path) -> None:
-    """Before the training: what ``build`` returns can be loaded afterwards."""
-    path = folder / "aside-first.keras"
-    try:
-        model.save(path)
-        keras.saving.load_model(path, compile=False)
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise ValueError(f"Keras cannot load back what build returns ({str(error)[:200]}). Use "
-                         "keras.saving.register_keras_serializable for its classes.") from None
-    finally:
-        path.unlink(missing_ok=True)
-
-
 def _load(notes: Path, weights: Path, task: Task) -> Run | None:
     """The finished run in these two files, if it is the one that the task describes."""
     try:
         found = store.read_notes(notes)
-        if store.text(found["spec"]) != store.text(task.spec) or not np.allclose(
+        if store.text({**found["spec"], "code": CODE}) != store.text(task.spec) or not np.allclose(
                 found["first_answers"], task.first_answers, rtol=1e-2, atol=1e-2):
+            return None
+        if found["spec"]["code"] != CODE:
+            warnings.warn(f"{notes.stem} was made by other code than today's: it is not used. If "
+                          "no number changed: python reference/experiments.py --restamp.",
+                          stacklevel=5)
             return None
         model = keras.saving.load_model(weights, compile=False)
         require(store.digest(*model.get_weights()) == found["weights"],

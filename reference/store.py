@@ -51,7 +51,8 @@ def architecture(model) -> str:
         config = json.loads(text(model.get_config()))
     except NotImplementedError:  # a subclassed model; runs.py compares its answers as well
         return digest(type(model).__qualname__, [list(w.shape) for w in model.weights])
-    number = {layer.name: k for k, layer in enumerate(model._flatten_layers())}
+    nodes = [*model._flatten_layers(), *getattr(model, "operations", ())]
+    number = {node.name: k for k, node in enumerate(nodes)}
 
     def unnamed(value, named=False):
         """Names become numbers where they name a layer, and nowhere else."""

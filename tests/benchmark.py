@@ -5,7 +5,8 @@
 
 Prints a table and writes reference/benchmark.csv. With names of parts: only those.
 - PyTorch runs in a process of its own: both libraries in one can crash. Its networks are ours,
-  its batches lie ready in memory. Ours make theirs as in runs.py, with augmentation and metrics.
+  and so is its work: views made by kdlib.augment, loss, step, accuracy. (The tutorial's networks
+  do what the tutorial does: batches lie ready in memory.)
   What comes before the first batch of a ``fit`` (0.05 s) doesn't count: epochs are longer.
 - A rented machine gives half its rate for seconds at a time. So what is compared runs in short
   bursts, in turn. Each counts with a low quantile over many rounds, its time when nothing
@@ -13,6 +14,7 @@ Prints a table and writes reference/benchmark.csv. With names of parts: only tho
 """
 
 import argparse
+import ast
 import functools
 import json
 import os
@@ -59,17 +61,36 @@ def torch_net(role):
 
 @functools.cache
 def ready(role, batch, count):
-    images = torch.randint(0, 256, (batch * count, 3, 32, 32), dtype=torch.uint8)
-    if "tutorial" not in role:
-        images = images.contiguous(memory_format=torch.channels_last)
-    return list(zip(images.split(batch), torch.randint(0, 10, (count, batch)), strict=True))
+    """Batches of images (N, H, W, C), in the order that is fastest here, and labels."""
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (count, batch, 32, 32, 3), "uint8")
+    if "tutorial" in role:
+        images = [torch.from_numpy(some).permute(0, 3, 1, 2).contiguous() for some in images]
+    return list(zip(images, torch.from_numpy(rng.integers(0, 10, (count, batch))), strict=True))
+
+
+@functools.cache
+def lifted(name):
+    """A function of kdlib.py, without Keras."""
+    (code,) = [node for node in ast.parse((ROOT / "kdlib.py").read_text()).body
+               if getattr(node, "name", None) == name]
+    exec(compile(ast.Module([code], []), "kdlib.py", "exec"), space := {"np": np})
+    return space[name]
+
+
+def on_its_scale(pixels):
+    if not torch.is_tensor(pixels):
+        pixels = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # stays channels last in memory
+    return (pixels.float() - 122) / 63
 
 
 def torch_training(role, batch, count, teacher=None):
     """So many steps. With a teacher: the tutorial's distillation."""
     net, optimizer = torch_net(role)
+    codes = lifted("view_codes")(images=batch, views=1, shift=4, flip=True)[0]
+    right = 0
     for pixels, labels in ready(role, batch, count):
-        images = (pixels.float() - 122) / 63
+        images = on_its_scale(pixels if "tutorial" in role else lifted("augment")(pixels, codes))
         optimizer.zero_grad()
         answers = net.train()(images)
         loss = F.cross_entropy(answers, labels)
@@ -80,15 +101,17 @@ def torch_training(role, batch, count, teacher=None):
             loss = 0.75 * loss + 0.25 * 4 * F.kl_div(learned, soft, reduction="batchmean")
         loss.backward()
         optimizer.step()
+        right += (answers.argmax(-1) == labels).sum()
 
 
 def torch_inference(role, batch, count):
     with torch.inference_mode():
         for pixels, _ in ready(role, batch, count):
-            torch_net(role)[0].eval()((pixels.float() - 122) / 63)
+            torch_net(role)[0].eval()(on_its_scale(pixels))
 
 
 if sys.argv[1:] == ["pytorch"]:  # a line in: which burst, with which arguments. Seconds out.
+    import numpy as np
     import torch
     from torch import nn
     from torch.nn import functional as F

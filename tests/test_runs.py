@@ -3,6 +3,7 @@
 from reference import experiments, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import contextlib
 import json
+import shutil
 from dataclasses import replace
 
 import filelock
@@ -246,6 +247,36 @@ def test_evened_answers_keep_how_sure_the_teacher_is():
 
 def answers_of(teacher, data, change=lambda logits: logits):
     return [change(logits) for logits in runs.teacher_answers(teacher, data, RECIPE)]
+
+
+def test_a_mirrored_teacher_is_the_mean_of_two_answers(data):
+    teacher = tiny()
+    logits = [teacher.predict(images, verbose=0) for images in
+              (data.x_val, data.x_val[:, :, ::-1])]
+    found = experiments.mirrored(teacher).predict(data.x_val, verbose=0)
+    np.testing.assert_allclose(found, np.mean(logits, axis=0), atol=1e-5)
+
+
+def test_teachers_together_give_their_mean_probability(data):
+    teachers = [tiny(seed=seed) for seed in range(3)]
+    soft = [scipy.special.softmax(each.predict(data.x_val, verbose=0).astype("float64"), axis=-1)
+            for each in teachers]
+    found = experiments.together(*teachers).predict(data.x_val, verbose=0)
+    np.testing.assert_allclose(np.exp(found) / 3, np.mean(soft, axis=0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("signal", experiments.SIGNALS.values())
+def test_a_signal_made_twice_is_the_same_teacher(signal):
+    teachers = [tiny(seed=0)] + [tiny(seed=1)] * (signal is experiments.together)
+    assert store.model_digest(signal(*teachers)) == store.model_digest(signal(*teachers))
+
+
+def test_wrong_labels_are_as_many_as_asked(data):
+    wrong = experiments.wrong_labels(data, 20)
+    changed = wrong.y_train != data.y_train
+    assert changed.sum() == 12 and (wrong.y_val == data.y_val).all()
+    assert (wrong.y_train == experiments.wrong_labels(data, 20).y_train).all()
+    assert (wrong.y_train >= 0).all() and (wrong.y_train < 10).all()
 
 
 def test_answers_are_known_by_their_content(data, folder):
@@ -605,6 +636,23 @@ def test_a_run_of_other_libraries_is_loaded_with_a_word(data, monkeypatch):
     monkeypatch.setattr(store, "libraries", lambda: "tensorflow 1.0")
     with pytest.warns(UserWarning, match="was made with tensorflow 2.*KD_RETRAIN=1"):
         assert_same_weights(first, train(data))
+
+
+def test_a_published_run_of_other_code_is_trained_anew_with_a_word(data, folder, monkeypatch):
+    """Two folders of the same spec differ in the digest of code: reference is found by name."""
+    first = train(data)
+    reference = folder / "reference"
+    for kind, suffix in (("rows", "json"), ("weights", "keras")):
+        (reference / kind).mkdir(parents=True)
+        (made,) = folder.glob(f"*/model.{suffix}")
+        shutil.copy(made, reference / kind / f"digits-scratch-seed0.{suffix}")
+    monkeypatch.setattr(runs, "REFERENCE", reference)
+    monkeypatch.setattr(runs, "CODE", "of tomorrow")
+    monkeypatch.setenv("KD_RETRAIN", "0")
+    with pytest.warns(UserWarning, match="digits-scratch-seed0 was made by other code.*--restamp"):
+        again = train(data)
+    assert_same_weights(first, again)
+    assert len(list(folder.glob("*/model.keras"))) == 2
 
 
 def test_another_number_of_threads_is_named_on_resume(data, monkeypatch, folder):
