@@ -3,7 +3,9 @@
 Run as a program it draws architecture.png and results.png, the figures of the README.
 """
 
+import json
 import sys
+import zlib
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
@@ -15,6 +17,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from IPython.display import HTML
 
 REFERENCE = Path(reference.__file__).parent
 
@@ -101,6 +104,39 @@ def soft_labels(image, logits, label: int, class_names, temperatures, *, axes, n
         ax.set_xticklabels(class_names if names else [], rotation=90, fontsize=7)
         ax.tick_params(axis="y", labelsize=7)
         sns.despine(ax=ax)
+
+
+def temperature_slider(logits, label: int, class_names) -> HTML:
+    """A slider for T above the bars of a soft label, as a page that needs no kernel.
+
+    All bars are computed here, so it also moves in a web page made from a notebook.
+    """
+    temperatures = 2 ** np.arange(-1, 6.01, 0.25)
+    shares = [np.asarray(kdlib.soften(logits, t)).round(4).tolist() for t in temperatures]
+    rows = "".join(
+        f'<tr><td style="text-align:right">{"<b>" * (k == label)}{name}{"</b>" * (k == label)}</td>'
+        '<td style="width:20em;text-align:left"><div class="bar" style="height:1em;width:0;'
+        f'background:{COLOURS["teacher"]}"></div></td><td class="share"></td></tr>'
+        for k, name in enumerate(class_names))
+    name = f"soft-{zlib.crc32(repr(shares).encode()):08x}"
+    return HTML(f"""<div id="{name}">
+<label>T = <output></output> <input type="range" min="0" max="{len(temperatures) - 1}" value="12"
+ aria-label="temperature" style="width:20em;vertical-align:middle"></label>
+<table>{rows}</table></div>
+<script>(() => {{
+  const shares = {json.dumps(shares)}, temperatures = {json.dumps(temperatures.round(2).tolist())};
+  const page = document.getElementById("{name}"), slider = page.querySelector("input");
+  const draw = () => {{
+    page.querySelector("output").textContent = temperatures[slider.value].toFixed(2);
+    page.querySelectorAll("tr").forEach((row, k) => {{
+      const share = shares[slider.value][k];
+      row.querySelector(".bar").style.width = 100 * share + "%";
+      row.querySelector(".share").textContent = share.toFixed(3);
+    }});
+  }};
+  slider.addEventListener("input", draw);
+  draw();
+}})()</script>""")
 
 
 # --- the README's figures -------------------------------------------------------------

@@ -14,6 +14,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbconvert
+import numpy as np
 import pytest
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -167,6 +169,31 @@ def test_the_slider_of_03_moves_the_picture(page, lab, screenshots):
     after = page.locator(".jp-Cell:has(.noUi-handle) img").first.get_attribute("src")
     page.screenshot(path=screenshots / "slider-after.png")
     assert before != after
+
+
+def test_the_slider_without_a_kernel_moves_in_a_rendered_notebook(page, screenshots, tmp_path):
+    rendered = tmp_path / "03.html"
+    rendered.write_text(nbconvert.HTMLExporter().from_filename(
+        ROOT / "notebooks" / "03_soft_labels.ipynb")[0])
+    page.goto(rendered.as_uri(), wait_until="domcontentloaded")
+
+    def shown():
+        shares = page.locator("[id^=soft-] .share").all_text_contents()
+        return (float(page.locator("[id^=soft-] output").text_content()),
+                np.array([float(share) for share in shares]))
+
+    slider = page.locator("[id^=soft-] input")
+    slider.scroll_into_view_if_needed()
+    temperature, before = shown()
+    for _ in range(4):
+        slider.press("ArrowRight")
+    page.screenshot(path=screenshots / "slider-without-a-kernel.png")
+    doubled, after = shown()
+    assert (temperature, doubled) == (4, 8)
+    # softmax(z / 2T) is proportional to the square root of softmax(z / T)
+    np.testing.assert_allclose(after, np.sqrt(before) / np.sqrt(before).sum(), atol=0.02)
+    width = page.locator("[id^=soft-] .bar").nth(int(after.argmax())).evaluate("e => e.style.width")
+    assert float(width.rstrip("%")) == pytest.approx(100 * after.max(), abs=0.1)
 
 
 def test_the_link_at_the_top_leads_to_the_next_notebook(page, lab):
