@@ -87,6 +87,7 @@ def test_same_seed_same_weights(data, monkeypatch, tmp_path):
     assert np.any(other.model.get_weights()[0] != first.model.get_weights()[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["scratch", "distilled"])
 @pytest.mark.parametrize("after_epoch", [1, 2])
 def test_a_run_that_was_cut_ends_with_the_same_weights(
@@ -103,6 +104,7 @@ def test_a_run_that_was_cut_ends_with_the_same_weights(
     assert resumed.history["val_accuracy"] == whole.history["val_accuracy"]
 
 
+@pytest.mark.slow
 def test_a_damaged_state_is_named_and_the_one_before_taken(data, monkeypatch, folder, tmp_path):
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
     whole = train(data)
@@ -124,6 +126,7 @@ def test_a_damaged_finished_run_is_named_and_trained_again(data, folder, which):
         assert_same_weights(first, train(data))
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_state_before(data, monkeypatch, tmp_path):
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
     whole = train(data)
@@ -181,6 +184,7 @@ def test_batches_carry_the_teachers_answer_to_the_very_image(data):
         np.testing.assert_allclose(answers, live, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_new_views_with_a_live_teacher_are_the_stored_ones(data):
     """As many views as epochs: nothing is shown twice, so live and stored have to agree."""
     teacher = tiny(8)
@@ -279,6 +283,7 @@ def test_wrong_labels_are_as_many_as_asked(data):
     assert (wrong.y_train >= 0).all() and (wrong.y_train < 10).all()
 
 
+@pytest.mark.slow
 def test_answers_are_known_by_their_content(data, folder):
     teacher = tiny(8)
     plain = train(data, method="distilled", teacher=teacher)
@@ -315,6 +320,7 @@ def test_batches_from_the_middle_are_those_of_the_whole(data):
     assert len(rest) == len(whole) // 3
 
 
+@pytest.mark.slow
 def test_both_students_begin_with_the_same_weights(data, monkeypatch):
     still = replace(RECIPE, epochs=1, learning_rate=0.0, optimizer="adam")
     build = kdlib.build_student
@@ -434,6 +440,7 @@ def test_a_model_of_other_classes_than_the_data(data):
         train(data, build=lambda: tiny(classes=12))
 
 
+@pytest.mark.slow
 def test_a_run_may_be_the_teacher(data):
     run = train(data, method="distilled", teacher=train(data, method="teacher"))
     assert run.row["teacher"] == "teacher-seed0"
@@ -537,6 +544,7 @@ def transformer():
     return keras.Model(pixels, keras.layers.Dense(10)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [residual, transformer])
 def test_other_families_can_teach(data, monkeypatch, tmp_path, build):
     """Trained, cut off and resumed, asked, cached, and distilled from."""
@@ -714,6 +722,7 @@ def test_divergence_is_named_and_remembered(data, folder):
     assert sentences[0] == sentences[1] and "in epoch 1" in sentences[0]
 
 
+@pytest.mark.slow
 def test_averaged_weights_survive_a_cut(data, monkeypatch, tmp_path):
     averaged = replace(RECIPE, average=0.9)
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
@@ -784,6 +793,7 @@ def test_the_list_of_experiments(capsys):
         experiments.main(["no-such-method"])
 
 
+@pytest.mark.slow
 def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
     """Two experiments from nothing: rows, weights, answers, table; the second time nothing."""
     reference = tmp_path / "reference"
@@ -811,6 +821,7 @@ def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
         "digits-teacher-seed0.keras"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
                          + ["cifar10-distilled-100-epochs-seed0"])
 def test_published_weights_give_the_published_figures(stem):
