@@ -75,8 +75,9 @@ def printed(name, pattern):
     cells = json.loads((ROOT / name).read_text())["cells"]
     text = "".join("".join(each.get("text", "")) for cell in cells
                    for each in cell.get("outputs", []))
-    return [tuple(map(float, found if isinstance(found, tuple) else (found,)))
-            for found in re.findall(pattern, text)]
+    found = re.findall(pattern, text)
+    assert found, f"{name} does not print {pattern}"
+    return [tuple(map(float, each if isinstance(each, tuple) else (each,))) for each in found]
 
 
 def hesitant():
@@ -86,9 +87,43 @@ def hesitant():
     return one[[np.argmax(np.where(y == k, doubt, -1)) for k in (2, 3, 7, 9)]]
 
 
+@functools.cache
+def fresh_logits():
+    """Of the student that notebook 04 begins with: 250 validation images, then IMAGE."""
+    keras.utils.set_random_seed(0)
+    images = cifar10().x_val[[*range(250), IMAGE]]
+    return runs.predict_logits(kdlib.build_student(), images)
+
+
+def gap(temperature, size=1.0):
+    """q - p of each class, for 250 images and for IMAGE."""
+    z = teacher_logits()[[*range(250), IMAGE]]
+    return soft(size * fresh_logits(), temperature) - soft(size * z, temperature)
+
+
+def gradient_length(temperature, size=1.0):
+    """With T², the mean over 250 images."""
+    return temperature * np.linalg.norm(gap(temperature, size)[:-1], axis=-1).mean()
+
+
+def falls(temperature, size=1.0):
+    """How many times smaller the gradient without T² is at 4 T."""
+    return 16 * gradient_length(temperature, size) / gradient_length(4 * temperature, size)
+
+
+def loss_against_t():
+    """T² · KL over the grid of Figure 4.3, and its limit."""
+    z, s = teacher_logits()[:250].astype("float64"), fresh_logits()[:250].astype("float64")
+    losses = [t**2 * scipy.special.rel_entr(soft(z, t), soft(s, t)).sum(-1).mean() for t in GRID]
+    centred = (z - z.mean(-1, keepdims=True)) - (s - s.mean(-1, keepdims=True))
+    return np.array(losses), (centred**2).sum(-1).mean() / 20
+
+
+GRID = np.geomspace(1, 256, 49)
 IMAGE = 1009  # the image of the series
-NOTEBOOK_1, NOTEBOOK_2, NOTEBOOK_3 = (
-    f"notebooks/{name}.ipynb" for name in ("01_dataset", "02_teacher", "03_soft_labels"))
+NOTEBOOK_1, NOTEBOOK_2, NOTEBOOK_3, NOTEBOOK_4 = (
+    f"notebooks/{name}.ipynb"
+    for name in ("01_dataset", "02_teacher", "03_soft_labels", "04_distillation"))
 CLAIMS = {"README.md": {
     "in each of which the distilled one is better":
         lambda: len(gains()) == 5 and (gains() > 0).all(),
@@ -142,6 +177,42 @@ CLAIMS = {"README.md": {
     "a correlation of about 0.7 and the same favourite in six classes of ten":
         lambda: 0.65 < printed(NOTEBOOK_3, r"over 90 cells: ([\d.]+)")[0][0] < 0.75
         and printed(NOTEBOOK_3, r"same favourite in (\d+) of (\d+)") == [(6, 10)],
+}, NOTEBOOK_4: {
+    "**You should see** the same gradients, and a floor far from zero":
+        lambda: printed(NOTEBOOK_4, r"largest difference ([\d.]+)") == [(0.0,)]
+        and printed(NOTEBOOK_4, r"cross-entropy: \[([\d.]+)")[0][0] > 1,
+    "On CIFAR-10 these are two classes, truck and automobile":
+        lambda: np.flatnonzero(gap(4)[-1] < 0).tolist() == [1, 9],
+    "q − p fall by about a factor of four per line once T is large":
+        lambda: all(3.5 < gap(t)[-1, 9] / gap(4 * t)[-1, 9] < 5 for t in (4, 16, 64)),
+    "The third column falls by about sixteen":
+        lambda: all(14 < 4 * gap(t)[-1, 9] / gap(4 * t)[-1, 9] < 20 for t in (4, 16, 64)),
+    "**You should see** 16 at the lower right": lambda: 15.9 < falls(16, 0.01) < 16.1,
+    "it starts at about 6 (and overshoots later)": lambda: 5.5 < falls(1) < 6.5 and falls(4) > 16,
+    "it stays within a factor of about three on the left, and is level on the right":
+        lambda: max(map(gradient_length, GRID)) / min(map(gradient_length, GRID)) < 3.3
+        and np.ptp([gradient_length(t, 0.01) for t in GRID]) < 0.1 * gradient_length(1, 0.01),
+    "it ends up tens of thousands of times smaller":
+        lambda: 10_000 < 256**2 * gradient_length(1) / gradient_length(256) < 100_000,
+    "It rises first, and then approaches the limit from above":
+        lambda: np.diff(loss_against_t()[0])[0] > 0 and np.diff(loss_against_t()[0])[-1] < 0
+        and loss_against_t()[0][-1] > loss_against_t()[1],
+    "**You should see** the same loss twice, a smaller one after the epoch, and an accuracy above":
+        lambda: (by_hand := printed(NOTEBOOK_4, r"by hand ([\d.]+), in the D\w+ ([\d.]+)")[0])[0]
+        == by_hand[1] > printed(NOTEBOOK_4, r"epoch: loss ([\d.]+)")[0][0]
+        and printed(NOTEBOOK_4, r"accuracy (\d+)%")[0][0] > 10,
+    "**You should see** that SGD loses nearly everything":
+        lambda: min(printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")) > (80,),
+    "With Muon and alpha = 0 the step stays practically the same":
+        lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.0: (\d+)%") < [(2,)],
+    "With alpha = 0.1 it does change the step":
+        lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.1: (\d+)%") > [(10,)],
+    "**You should see** both losses fall":
+        lambda: all(losses[-1] < losses[0] for losses in map(
+            history("cifar10-distilled-seed0").get, ("distillation_loss", "student_loss"))),
+    "Nearly as good: 94.0 % on digits, against 94.2 % with labels":
+        lambda: 0 < points("distilled", "digits")[0] - 100 * TABLE[
+            TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.5,
 }}
 NOT_MEASURED = {"README.md": {
     "Compare within a row": "advice",
@@ -199,6 +270,19 @@ NOT_MEASURED = {"README.md": {
     "The image is the same": "how it is made", "it is nearly flat": "the claim above",
     "which classes are alike": "the claim above", "can a temperature change": "a question",
     "even sharper": "arithmetic", "by the same positive number": "arithmetic",
+    "What differs on digits": "of other data",
+}, NOTEBOOK_4: {
+    "is the same formula": "test_notebooks", "how do the two losses differ": "a question",
+    "narrower and shallower": "the table beside it", "the teacher sees more": "arithmetic",
+    "and twice over": "the steps below", "shrinks like 1/T as well": "derived there",
+    "should fall 16-fold": "derived there", "with a tenth and a hundredth": "how it is done",
+    "more or less than 16": "a question", "can't be larger than 1": "arithmetic",
+    "unlikely classes hardly count": "an explanation",
+    "the same images (that's Dropout)": "the output beside it",
+    "find the same loss": "a question", "weigh 16 times more": "arithmetic",
+    "means little": "advice", "Would the student_loss fall": "a question",
+    "on the same batches": "what comes", "larger than the teacher's own": "arithmetic",
+    "falls all the same": "test_exercises", "must see it too": "arithmetic",
     "What differs on digits": "of other data",
 }}
 COMPARES = re.compile(
