@@ -5,6 +5,7 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import kdlib
 import keras
@@ -31,6 +32,7 @@ def do(tmp_path):
     def run(name, changes, *, check, until=None, **environment):
         (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
         notebook = nbformat.read(path, as_version=4)
+        checks_itself = checking_cell(name).replace("DONE = False", "DONE = True")
         if until:
             last = next(k for k, cell in enumerate(notebook.cells)
                         if cell.cell_type == "code" and until in cell.source)
@@ -41,7 +43,7 @@ def do(tmp_path):
             assert found, f"{old!r} is in no cell of {path.name}"
             for cell in found:
                 cell.source = cell.source.replace(old, new)
-        notebook.cells.append(nbformat.v4.new_code_cell(check))
+        notebook.cells += map(nbformat.v4.new_code_cell, (checks_itself, check))
         client = NotebookClient(notebook, timeout=900, kernel_name="python3",
                                 resources={"metadata": {"path": str(NOTEBOOKS)}})
         client.execute(env={**os.environ, "KD_DATASET": "digits", "KD_RETRAIN": "0",
@@ -52,8 +54,45 @@ def do(tmp_path):
 
 def exercises(name):
     (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
-    last = nbformat.read(path, as_version=4).cells[-1].source
-    return last.split("## Exercises")[1].split("## ")[0]
+    prose = [cell.source for cell in nbformat.read(path, as_version=4).cells
+             if cell.cell_type == "markdown"]
+    return prose[-1].split("## Exercises")[1].split("## ")[0]
+
+
+def checking_cell(name):
+    (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
+    source = nbformat.read(path, as_version=4).cells[-1].source
+    assert source.startswith("# Exercise 2 checks itself")
+    return source
+
+
+NOT_DONE = {  # what a notebook holds when nothing was changed in it
+    "01": {"VIEWS": 9},
+    "03": {"TEMPERATURES": (1, 2, 4)},
+    "04": {"run": SimpleNamespace(row={"method": "distilled", "alpha": 0.1})},
+    "05": {"pairs": {"scratch": [0.88, 0.89]}, "rows": {"nll": [0.35, 0.36]}},
+    "06": {"grid": pd.DataFrame({1.0: [85.0], 0.1: [85.6]}), "np": np},
+    "07": {"batch": np.zeros(50), "dataset": SimpleNamespace(x_train=np.ones(99), y_train=[1] * 99),
+           "np": np},
+}
+
+
+@pytest.mark.parametrize("name", NOT_DONE)
+def test_an_exercise_that_was_not_done_is_told_so(name):
+    code = checking_cell(name)
+    exec(code, dict(NOT_DONE[name]))  # as it comes it says nothing
+    with pytest.raises(AssertionError, match="."):
+        exec(code.replace("DONE = False", "DONE = True"), dict(NOT_DONE[name]))
+
+
+@pytest.mark.parametrize("points, right", [(9.84, True), (0.0984, False), (-9.84, False)])
+def test_the_exercise_of_02_knows_the_answer(points, right):
+    code = checking_cell("02").replace("BEHIND = None", f"BEHIND = {points}")
+    if right:
+        exec(code, {})
+    else:
+        with pytest.raises(AssertionError, match=str(points)):
+            exec(code, {})
 
 
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
