@@ -296,8 +296,8 @@ def _agree(a, b) -> bool:
     return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
 
 
-def _are_even(rows) -> bool:
-    return rows.min() >= 0 and np.abs(rows.sum(axis=-1) - 1).max() < 1e-2
+def _are_probabilities(rows) -> bool:
+    return len(rows) > 0 and rows.min() >= 0 and np.abs(rows.sum(axis=-1) - 1).max() < 1e-2
 
 
 def check_model(role: str, model) -> int | None:
@@ -312,13 +312,14 @@ def check_model(role: str, model) -> int | None:
     noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in each.shape[1:]))), each.dtype)
              for each in asked or [keras.KerasTensor(built)]]
     noise = keras.tree.pack_sequence_as(model.input, noise) if len(noise) > 1 else noise[0]
-    answers, last = model(noise, training=False), getattr(model.layers[-1], "activation", None)
+    answers, last = model(noise, training=False), (model.layers or [None])[-1]
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
             "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
-    even = _are_even(ops.convert_to_numpy(ops.cast(answers, "float32")))
-    require(not even and last is not keras.activations.sigmoid, f"{role} gives probabilities, not "
-            "logits. Build it without a softmax at its end: new.set_weights(model.get_weights()).")
+    softmax = _are_probabilities(ops.convert_to_numpy(ops.cast(answers, "float32")))
+    sigmoid = getattr(last, "activation", None) is keras.activations.sigmoid
+    require(not softmax and not sigmoid, f"{role} gives probabilities, not logits. Build it "
+            "without a softmax at its end: new.set_weights(model.get_weights()).")
     return shape[-1]
 
 
@@ -350,15 +351,14 @@ def _guarded(method):
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
         callbacks, split = call.arguments.get("callbacks"), self._split(call.arguments.get("x"))
-        images, stored = (ops.convert_to_numpy(part[:64]) if ops.is_tensor(part) else part
-                          for part in split)
+        images, stored = (ops.convert_to_numpy(part[:64]) if ops.is_tensor(part)
+                          or isinstance(part, np.ndarray) else part for part in split)
         check_images("student", self.student, images)
-        require(not isinstance(stored, np.ndarray) or not _are_even(stored), "teacher_logits are "
-                "probabilities. Store what comes before the softmax, or np.log of them.")
+        require(not isinstance(stored, np.ndarray) or not _are_probabilities(stored),
+                "teacher_logits are probabilities. Store what comes before the softmax, or np.log.")
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit has ours
-            guard = keras.callbacks.LambdaCallback(
-                on_train_batch_end=_look, on_test_batch_end=_look)
-            call.arguments["callbacks"] = [guard, *keras.tree.flatten(callbacks or [])]
+            look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
+            call.arguments["callbacks"] = [look, *keras.tree.flatten(callbacks or [])]
         return method(*call.args, **call.kwargs)
     return guarded
 
