@@ -114,7 +114,7 @@ def temperature_slider(logits, label: int, class_names) -> HTML:
     temperatures = 2 ** np.arange(-1, 6.01, 0.25)
     shares = [np.asarray(kdlib.soften(logits, t)).round(4).tolist() for t in temperatures]
     rows = "".join(
-        f'<tr><td style="text-align:right">{"<b>" * (k == label)}{name}{"</b>" * (k == label)}</td>'
+        f'<tr><td style="text-align:right">{f"<b>{name}</b>" if k == label else name}</td>'
         '<td style="width:20em;text-align:left"><div class="bar" style="height:1em;width:0;'
         f'background:{COLOURS["teacher"]}"></div></td><td class="share"></td></tr>'
         for k, name in enumerate(class_names))
