@@ -422,11 +422,11 @@ class Distiller(keras.Model):
 
     def _with_optimizer(self, method):  # a checkpoint goes on, and fits the student alone
         def lend(*args, **more):
-            self.student.optimizer = self.optimizer
+            own, self.student.optimizer = getattr(self.student, "optimizer", None), self.optimizer
             try:
                 method(*args, **more)
             finally:
-                self.student.optimizer = None
+                self.student.optimizer = own
         return lend
 
     def compile(self, optimizer="rmsprop", loss=None, metrics=None, weighted_metrics=None, **more):

@@ -302,7 +302,8 @@ def _evidence() -> list[Experiment]:
     Of part B only the teachers and the sixth scratch student stand here. The distilled students,
     each with a teacher of its own, take the place of those of one teacher when all are there.
     """
-    one, own, six = "teacher-seed0", "teacher-seed{seed}", range(6)
+    one, own = "teacher-seed0", "teacher-seed{seed}"
+    six = " ".join(f"teacher-seed{k}" for k in range(6))
     table = [  # B, C
         Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
         Experiment("scratch", (5,), weights=True),
@@ -312,8 +313,7 @@ def _evidence() -> list[Experiment]:
         Experiment("distilled-twin", PAIRS, teacher="scratch-seed0"),
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
-        Experiment("distilled-six", PAIRS, signal="together",
-                   teacher=" ".join(f"teacher-seed{k}" for k in six)),
+        Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
         Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
         Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
         Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
@@ -373,15 +373,13 @@ class Maker:
         data, teacher, answers = self.data(each.dataset), None, None
         recipe = each.full_recipe()
         if each.teacher is not None:
-            runs_that_teach = [self.make(*self.find(each.dataset, name), **more)
-                               for name in each.teachers(seed)]
-            teacher = runs_that_teach[0]
-            if each.signal:
-                teacher = SIGNALS[each.signal](*(run.model for run in runs_that_teach))
+            teachers = [self.make(*self.find(each.dataset, name), **more).model
+                        for name in each.teachers(seed)]
+            teacher = SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
         if each.control:
             change = CONTROLS[each.control]
             answers = [change(logits, data.y_train, each.temperature)
-                       for logits in runs.teacher_answers(teacher.model, data, recipe)]
+                       for logits in runs.teacher_answers(teacher, data, recipe)]
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled)
         if each.wrong:

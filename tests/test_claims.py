@@ -6,7 +6,6 @@ in NOT_MEASURED, with the reason why nothing is to be measured. Pages are added 
 
 from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import functools
-import json
 import re
 
 import kdlib
@@ -17,6 +16,7 @@ import pytest
 import scipy.special
 import scipy.stats
 from conftest import CIFAR10, ROOT
+from test_notebooks import cells, outputs, source, text_of
 
 TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
 IMAGES_ALONE = 0.28  # points: what the test images alone add to the gain of one pair (notebook 05)
@@ -72,10 +72,7 @@ def history(stem):
 
 def printed(name, pattern):
     """Numbers in the outputs of a committed notebook, by a pattern with groups."""
-    cells = json.loads((ROOT / name).read_text())["cells"]
-    text = "".join("".join(each.get("text", "")) for cell in cells
-                   for each in cell.get("outputs", []))
-    found = re.findall(pattern, text)
+    found = re.findall(pattern, "".join(map(text_of, outputs(ROOT / name))))
     assert found, f"{name} does not print {pattern}"
     return [tuple(map(float, each if isinstance(each, tuple) else (each,))) for each in found]
 
@@ -294,10 +291,9 @@ COMPARES = re.compile(
 @functools.cache
 def page(name):
     """The prose of a page in one line."""
-    text = (ROOT / name).read_text()
-    if name.endswith(".ipynb"):
-        text = "\n\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"]
-                           if cell["cell_type"] == "markdown")
+    path = ROOT / name
+    text = "\n\n".join(map(source, cells(path, "markdown"))) if path.suffix == ".ipynb" else (
+        path.read_text())
     return re.sub(r"[ \n]+", " ", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
 
 
@@ -320,3 +316,13 @@ def test_every_comparison_is_a_claim(name):
             if COMPARES.search(each) and not any(part in each for part in known)]
     assert bare == []
     assert all(part in page(name) for part in NOT_MEASURED[name])
+
+
+def test_the_table_of_part_a_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().partition("### A. The recipe, after")[2]
+    rows = TABLE[(TABLE.seed == 100) & TABLE.method.str.contains("-8-epochs")]
+    assert sorted(re.findall(r"\b\d\d\.\d\d\b", text.partition("## Changes")[0])) == sorted(
+        f"{100 * accuracy:.2f}" for accuracy in rows.val_accuracy)
+    best = 100 * rows.set_index("method").val_accuracy
+    gain = best["scratch-8-epochs-smoothing"] - best["scratch-8-epochs"]
+    assert f"by {gain:.2f}" in text

@@ -638,6 +638,14 @@ def test_checkpoints(tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_a_student_that_was_compiled_keeps_its_optimizer(tmp_path):
+    student = tiny(seed=1)
+    student.compile("adam", CROSS_ENTROPY)
+    own = student.optimizer
+    distiller(student=student).save_weights(tmp_path / "a.weights.h5")
+    assert student.optimizer is own
+
+
 def test_what_leaves_the_distiller_is_the_student(tmp_path, capsys):
     made = distiller()
     assert made.count_params() == made.student.count_params()

@@ -30,8 +30,7 @@ def do(tmp_path):
     """Run a notebook with lines changed, to the end or up to one cell, and check its kernel."""
 
     def run(name, changes, *, check, until=None, **environment):
-        (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
-        notebook = nbformat.read(path, as_version=4)
+        notebook = read(name)
         checks_itself = checking_cell(name).replace("DONE = False", "DONE = True")
         if until:
             last = next(k for k, cell in enumerate(notebook.cells)
@@ -40,7 +39,7 @@ def do(tmp_path):
         for old, new in changes.items():
             found = [cell for cell in notebook.cells
                      if cell.cell_type == "code" and old in cell.source]
-            assert found, f"{old!r} is in no cell of {path.name}"
+            assert found, f"{old!r} is in no cell of {name}"
             for cell in found:
                 cell.source = cell.source.replace(old, new)
         notebook.cells += map(nbformat.v4.new_code_cell, (checks_itself, check))
@@ -52,16 +51,18 @@ def do(tmp_path):
     return run
 
 
-def exercises(name):
+def read(name):
     (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
-    prose = [cell.source for cell in nbformat.read(path, as_version=4).cells
-             if cell.cell_type == "markdown"]
+    return nbformat.read(path, as_version=4)
+
+
+def exercises(name):
+    prose = [cell.source for cell in read(name).cells if cell.cell_type == "markdown"]
     return prose[-1].split("## Exercises")[1].split("## ")[0]
 
 
 def checking_cell(name):
-    (path,) = NOTEBOOKS.glob(f"{name}_*.ipynb")
-    source = nbformat.read(path, as_version=4).cells[-1].source
+    source = read(name).cells[-1].source
     assert source.startswith("# Exercise 2 checks itself")
     return source
 
