@@ -1,6 +1,6 @@
 """The exercises: every answer that the notebooks give, verified by doing what it says."""
 
-from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import experiments, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import os
 import re
 from dataclasses import replace
@@ -73,6 +73,7 @@ NOT_DONE = {  # what a notebook holds when nothing was changed in it
     "04": {"run": SimpleNamespace(row={"method": "distilled", "alpha": 0.1})},
     "05": {"pairs": {"scratch": [0.88, 0.89]}, "rows": {"nll": [0.35, 0.36]}},
     "06": {"grid": pd.DataFrame({1.0: [85.0], 0.1: [85.6]}), "np": np},
+    "08": {"limits": lambda gains: (gains.mean() - 0.7, gains.mean() + 0.7), "np": np},
     "07": {"batch": np.zeros(50), "dataset": SimpleNamespace(x_train=np.ones(99), y_train=[1] * 99),
            "np": np},
 }
@@ -305,3 +306,27 @@ def test_07_2_and_3_a_whole_batch_and_stored_answers_out_of_step(do):
        until='mixed = {alpha',
        check="""assert abs(accuracy(careless) - before) < 0.04  # 2: it does not forget
 assert mixed[0.9].row["test_accuracy"] > 0.8 > 0.3 > mixed[0.1].row["test_accuracy"]  # 3""")
+
+
+# --- 08 ---
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+@pytest.mark.slow
+def test_08_2_no_floor_for_three_pairs(do):
+    cifar10 = TABLE[TABLE.dataset == "cifar10"].set_index(["method", "seed"]).test_accuracy
+    gains = 100 * (cifar10["distilled"] - cifar10["scratch-100-epochs"]).dropna()
+    narrow = scipy.stats.ttest_1samp(gains, 0).confidence_interval()
+    said = "{:.2f} to {:.2f}".format(*narrow)
+    assert f"It shrinks to {said}" in exercises("08")
+    do("08", {"if n < 5": "if n < 2"}, until="patience = ",
+       check=f"assert interval(patience) == '{said}'", KD_DATASET="cifar10")
+
+
+def test_08_3_shuffling_adds_false_similarities():
+    logits = np.array([[9.0, 5.0, 1.0, 0.0]] * 50)
+    mixed = experiments.shuffled(logits, np.zeros(50, int), 4.0)
+    assert (mixed[:, 0] == 9).all() and (mixed.argsort(-1)[:, -2] != 1).any()
+    even = np.asarray(kdlib.soften(experiments.evened(logits, np.zeros(50, int), 4.0), 4))
+    assert np.allclose(even[:, 1:], even[:, 1:2]) and np.allclose(
+        even[:, 0], np.asarray(kdlib.soften(logits, 4))[:, 0])

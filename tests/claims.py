@@ -1,0 +1,666 @@
+"""Comparisons in words: a sentence of a page, and what must hold for it to be true.
+
+CLAIMS has an expression over the published rows, models or committed outputs for each of them,
+NOT_MEASURED the reason why nothing is to be measured. test_claims.py checks both.
+"""
+
+from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import functools
+import re
+
+import kdlib
+import keras
+import numpy as np
+import pandas as pd
+import scipy.special
+import scipy.stats
+from conftest import ROOT
+from test_notebooks import cells, outputs, source, text_of
+
+TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
+IMAGES_ALONE = 0.28  # points: what the test images alone add to the gain of one pair (notebook 05)
+
+
+@functools.cache
+def page(name):
+    """The prose of a page in one line."""
+    path = ROOT / name
+    text = "\n\n".join(map(source, cells(path, "markdown"))) if path.suffix == ".ipynb" else (
+        path.read_text())
+    return re.sub(r"[ \n]+", " ", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+
+
+def points(method, dataset="cifar10"):
+    """Test accuracies in points, by seed. Of several settings: T = 4 and alpha = 0.1."""
+    rows = TABLE[(TABLE.dataset == dataset) & (TABLE.method == method)]
+    usual = rows.temperature.isna() | ((rows.temperature == 4) & (rows.alpha == 0.1))
+    return 100 * rows[usual].set_index("seed").test_accuracy
+
+
+def gains(distilled="distilled", scratch="scratch", dataset="cifar10"):
+    """Within pairs: only seeds that both have."""
+    return (points(distilled, dataset) - points(scratch, dataset)).dropna()
+
+
+def rates():
+    """Validation accuracy of the distilled student after 5 epochs, by its learning rate."""
+    found = TABLE[TABLE.method.str.startswith("distilled-5-epochs-rate-")]
+    return 100 * found.set_index(found.method.str[-4:]).val_accuracy
+
+
+def printed_text(name):
+    return "".join(map(text_of, outputs(ROOT / name)))
+
+
+def training_gap(method):
+    """Accuracy on the training views in the last epoch, minus validation; seed 0, in points."""
+    last = history(f"cifar10-{method}-seed0")
+    return 100 * (last["accuracy"][-1] - last["val_accuracy"][-1])
+
+
+def patience():
+    """Distilled, 20 epochs, minus scratch, 100 epochs."""
+    return gains("distilled", "scratch-100-epochs")
+
+
+def teacher_in_epochs():
+    """The teacher's training in epochs of a scratch student."""
+    seconds = TABLE[(TABLE.dataset == "cifar10") & (TABLE.seed == 0)].set_index("method").seconds
+    return seconds["teacher"] / (seconds["scratch"] / 20)
+
+
+def control(name, part="test"):
+    """Gain over scratch after 5 epochs of a student that learned from a control."""
+    column = f"{part}_accuracy"
+    found = rows(f"distilled-5-epochs-{name}", column).droplevel([0, 1])
+    return (found - rows("scratch-5-epochs", column).droplevel([0, 1])).dropna()
+
+
+def true_for_false(true, answer):
+    """The number in a cell of Figure 8.4, counted from the published models."""
+    classes, change = cifar10().class_names, []
+    images = cifar10().x_test[cifar10().y_test == classes.index(true)]
+    for method in ("distilled", "scratch"):
+        for seed in range(5):
+            path = ROOT / f"reference/weights/cifar10-{method}-seed{seed}.keras"
+            logits = runs.predict_logits(keras.saving.load_model(path), images)
+            change.append(np.sum(logits.argmax(-1) == classes.index(answer)))
+    return np.mean(change[:5]) - np.mean(change[5:])
+
+
+def overconfidence():
+    return {name: printed(NOTEBOOK_8, rf"{name} +(-?[\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +")[0][0]
+            for name in ("distilled", "scratch")}
+
+
+def calibration_errors():
+    found = re.findall(r"epochs, (scratch|T = \d+) +ece ([\d.]+)", printed_text(NOTEBOOK_8))
+    return {name: float(error) for name, error in found}
+
+
+def fidelity(method):
+    """Like the teacher on training, validation, test images; right on them."""
+    return printed(NOTEBOOK_8, rf"{method} +" + r" +".join(6 * [r"(\d\d\.\d)"]))[0]
+
+
+def picked():
+    """Best epoch minus last, in points of validation accuracy, of the ten students."""
+    curves = [100 * np.array(history(f"cifar10-{method}-seed{seed}")["val_accuracy"])
+              for method in ("scratch", "distilled") for seed in range(5)]
+    return [curve.max() - curve[-1] for curve in curves]
+
+
+def lower_limit(values):
+    return scipy.stats.ttest_1samp(values, 0).confidence_interval().low
+
+
+@functools.cache
+def cifar10():
+    return kdlib.load_dataset("cifar10")
+
+
+@functools.cache
+def teacher_logits():
+    """The published teacher's, on validation."""
+    model = keras.saving.load_model(ROOT / "reference/weights/cifar10-teacher-seed0.keras")
+    return runs.predict_logits(model, cifar10().x_val)
+
+
+def soft(logits, temperature):
+    return scipy.special.softmax(np.asarray(logits, "float64") / temperature, axis=-1)
+
+
+def entropies(temperature):
+    return scipy.special.entr(soft(teacher_logits(), temperature)).sum(-1)
+
+
+def convolutions():
+    """Parameters of each of the teacher's convolutions, and its multiplications an image."""
+    found = [layer for layer in kdlib.build_teacher().layers
+             if isinstance(layer, keras.layers.Conv2D)]
+    parameters = np.array([layer.count_params() for layer in found])
+    return parameters, parameters * [np.prod(layer.output.shape[1:3]) for layer in found]
+
+
+def history(stem):
+    return store.read_notes(ROOT / "reference" / "rows" / f"{stem}.json")["history"]
+
+
+def printed(name, pattern):
+    """Numbers in the outputs of a committed notebook, by a pattern with groups."""
+    found = re.findall(pattern, "".join(map(text_of, outputs(ROOT / name))))
+    assert found, f"{name} does not print {pattern}"
+    return [tuple(map(float, each if isinstance(each, tuple) else (each,))) for each in found]
+
+
+def hesitant():
+    """The four images of Figure 3.1."""
+    one, y = soft(teacher_logits(), 1), cifar10().y_val
+    doubt = np.where(one.argmax(-1) == y, np.sort(one, axis=-1)[:, -2], -1)
+    return one[[np.argmax(np.where(y == k, doubt, -1)) for k in (2, 3, 7, 9)]]
+
+
+@functools.cache
+def fresh_logits():
+    """Of the student that notebook 04 begins with: 250 validation images, then IMAGE."""
+    keras.utils.set_random_seed(0)
+    images = cifar10().x_val[[*range(250), IMAGE]]
+    return runs.predict_logits(kdlib.build_student(), images)
+
+
+def gap(temperature, size=1.0):
+    """q - p of each class, for 250 images and for IMAGE."""
+    z = teacher_logits()[[*range(250), IMAGE]]
+    return soft(size * fresh_logits(), temperature) - soft(size * z, temperature)
+
+
+def gradient_length(temperature, size=1.0):
+    """With T², the mean over 250 images."""
+    return temperature * np.linalg.norm(gap(temperature, size)[:-1], axis=-1).mean()
+
+
+def falls(temperature, size=1.0):
+    """How many times smaller the gradient without T² is at 4 T."""
+    return 16 * gradient_length(temperature, size) / gradient_length(4 * temperature, size)
+
+
+def loss_against_t():
+    """T² · KL over the grid of Figure 4.3, and its limit."""
+    z, s = teacher_logits()[:250].astype("float64"), fresh_logits()[:250].astype("float64")
+    losses = [t**2 * scipy.special.rel_entr(soft(z, t), soft(s, t)).sum(-1).mean() for t in GRID]
+    centred = (z - z.mean(-1, keepdims=True)) - (s - s.mean(-1, keepdims=True))
+    return np.array(losses), (centred**2).sum(-1).mean() / 20
+
+
+def rows(method, column="val_accuracy", dataset="cifar10"):
+    """A column of results.csv in points, by T, alpha and seed where there are several."""
+    found = TABLE[(TABLE.dataset == dataset) & (TABLE.method == method)]
+    return 100 * found.set_index(["temperature", "alpha", "seed"])[column]
+
+
+def map_gains():
+    """Notebook 06: gain of each cell over scratch, validation, seed 0. Rows T, columns alpha."""
+    alone = rows("scratch-5-epochs").xs(0, level="seed").item()
+    return rows("distilled-5-epochs").xs(0, level="seed").unstack() - alone
+
+
+def of_pairs(column):
+    """The five pairs of notebook 05: columns scratch and distilled."""
+    usual = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(["scratch", "distilled"])]
+    return usual.pivot(index="seed", columns="method", values=column).dropna()
+
+
+def benchmark(figure):
+    table = pd.read_csv(ROOT / "reference" / "benchmark.csv", index_col="figure")
+    return table.loc[figure, ["value", "again"]].astype(float)
+
+
+def spread(method, epoch):
+    """Of validation accuracy over the five seeds, in points."""
+    curves = [history(f"cifar10-{method}-seed{seed}")["val_accuracy"] for seed in range(5)]
+    return 100 * np.ptp(np.array(curves)[:, epoch])
+
+
+def pulls(temperatures):
+    """Notebook 07, Figure 7.1: the soft labels' gradient per image, T² included."""
+    digits = kdlib.load_dataset("digits")
+    model = keras.saving.load_model(ROOT / "reference/weights/digits-teacher-seed0.keras")
+    taught = runs.predict_logits(model, digits.x_val)
+    fresh = np.random.default_rng(0).normal(size=taught.shape)
+    return np.array([0.9 * t * np.linalg.norm(soft(fresh, t) - soft(taught, t), axis=-1).mean()
+                     for t in temperatures])
+
+
+GRID = np.geomspace(1, 256, 49)
+IMAGE = 1009  # the image of the series
+(NOTEBOOK_1, NOTEBOOK_2, NOTEBOOK_3, NOTEBOOK_4,
+ NOTEBOOK_5, NOTEBOOK_6, NOTEBOOK_7, NOTEBOOK_8) = (
+    f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("0[1-8]*.ipynb")))
+CLAIMS = {"README.md": {
+    "in each of which the distilled one is better":
+        lambda: len(gains()) == 5 and (gains() > 0).all(),
+    "In the second, distilling lost":  # the PyTorch tutorial's numbers, as it prints them
+        lambda: "| 75.60 % | 70.41 % | 70.19 % |" in page("README.md"),
+    "That is little, but more than the students' seeds explain":
+        lambda: gains().mean() < 1 and lower_limit(gains()) > 0,
+    "**After 5 epochs** the distilled students reach 85.68 %, those from scratch 83.94 %":
+        lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 0,
+    "one pair, and within the noise":
+        lambda: len(gains("distilled-100-epochs", "scratch-100-epochs")) == 1 and np.abs(
+            gains("distilled-100-epochs", "scratch-100-epochs")).max() < 1.96 * IMAGES_ALONE,
+    "a student alone reaches 49.48 % in 5 epochs, one with the teacher's answers to all images":
+        lambda: gains("distilled-5-epochs-1-percent", "scratch-5-epochs-1-percent").min() > 30,
+}, NOTEBOOK_1: {
+    "They differ from what we just measured by less than 0.2":
+        lambda: max(np.abs(cifar10().x_train.mean((0, 1, 2)) - kdlib.PIXEL_MEAN).max(),
+                    np.abs(cifar10().x_train.std((0, 1, 2)) - kdlib.PIXEL_STD).max()) < 0.2,
+}, NOTEBOOK_2: {
+    "The last three hold most of the parameters":
+        lambda: convolutions()[0][-3:].sum() > convolutions()[0].sum() / 2,
+    "The first four do most of the work":
+        lambda: convolutions()[1][:4].sum() > convolutions()[1].sum() / 2,
+    "does next to none": lambda: convolutions()[1][0] < 0.01 * convolutions()[1].sum(),
+    "On digits it beats plain SGD by about ten points":
+        lambda: 8 < points("scratch", "digits")[0] - points("scratch-sgd", "digits")[0] < 12,
+    "Validation goes up and down in the first 12 epochs and rises steadily in the last 8":
+        lambda: (np.diff(history("cifar10-teacher-seed0")["val_accuracy"])[:11] < 0).any()
+        and (np.diff(history("cifar10-teacher-seed0")["val_accuracy"])[11:] > 0).all(),
+    "the truck is less than half a unit ahead of the automobile, and that makes 0.59 against 0.41":
+        lambda: 0 < np.diff(teacher_logits()[IMAGE][[1, 9]])[0] < 0.5
+        and soft(teacher_logits()[IMAGE], 1)[[9, 1]].round(2).tolist() == [0.59, 0.41],
+    "For all other classes it prints 0.00":
+        lambda: np.sort(soft(teacher_logits()[IMAGE], 1))[-3] < 0.005,
+    "**You should see** both losses fall":
+        lambda: all(last < first for first, last in printed(
+            NOTEBOOK_2, r"loss ([\d.]+) in epoch 1, ([\d.]+) in epoch")),
+}, NOTEBOOK_3: {
+    "**You should see** the first share fall and the last one rise with T":
+        lambda: (np.diff([soft([6, 3, -1], t) for t in (1, 2, 4, 8, 16)], axis=0)[:, 0] < 0).all()
+        and (np.diff([soft([6, 3, -1], t) for t in (1, 2, 4, 8, 16)], axis=0)[:, 2] > 0).all(),
+    "three shares between 0.30 and 0.39":
+        lambda: np.sort(soft(soft([6, 3, -1], 1), 4))[[0, 2]].round(2).tolist() == [0.3, 0.39],
+    "At T = 1 two to four classes share nearly everything":
+        lambda: all(2 <= np.sum(np.cumsum(np.sort(each)[::-1]) < 0.95) + 1 <= 4
+                    for each in hesitant()),
+    "after truck and automobile comes the ship, ahead of every animal":
+        lambda: teacher_logits()[IMAGE].argsort()[::-1][:3].tolist() == [9, 1, 8],
+    "At T = 1 most labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
+    "At high T they are nearly flat": lambda: np.median(entropies(64)) > 0.99 * np.log(10),
+    "a correlation of about 0.7 and the same favourite in six classes of ten":
+        lambda: 0.65 < printed(NOTEBOOK_3, r"over 90 cells: ([\d.]+)")[0][0] < 0.75
+        and printed(NOTEBOOK_3, r"same favourite in (\d+) of (\d+)") == [(6, 10)],
+}, NOTEBOOK_4: {
+    "**You should see** the same gradients, and a floor far from zero":
+        lambda: printed(NOTEBOOK_4, r"largest difference ([\d.]+)") == [(0.0,)]
+        and printed(NOTEBOOK_4, r"cross-entropy: \[([\d.]+)")[0][0] > 1,
+    "On CIFAR-10 these are two classes, truck and automobile":
+        lambda: np.flatnonzero(gap(4)[-1] < 0).tolist() == [1, 9],
+    "q − p fall by about a factor of four per line once T is large":
+        lambda: all(3.5 < gap(t)[-1, 9] / gap(4 * t)[-1, 9] < 5 for t in (4, 16, 64)),
+    "The third column falls by about sixteen":
+        lambda: all(14 < 4 * gap(t)[-1, 9] / gap(4 * t)[-1, 9] < 20 for t in (4, 16, 64)),
+    "**You should see** 16 at the lower right": lambda: 15.9 < falls(16, 0.01) < 16.1,
+    "it starts at about 6 (and overshoots later)": lambda: 5.5 < falls(1) < 6.5 and falls(4) > 16,
+    "it stays within a factor of about three on the left, and is level on the right":
+        lambda: max(map(gradient_length, GRID)) / min(map(gradient_length, GRID)) < 3.3
+        and np.ptp([gradient_length(t, 0.01) for t in GRID]) < 0.1 * gradient_length(1, 0.01),
+    "it ends up tens of thousands of times smaller":
+        lambda: 10_000 < 256**2 * gradient_length(1) / gradient_length(256) < 100_000,
+    "It rises first, and then approaches the limit from above":
+        lambda: np.diff(loss_against_t()[0])[0] > 0 and np.diff(loss_against_t()[0])[-1] < 0
+        and loss_against_t()[0][-1] > loss_against_t()[1],
+    "**You should see** the same loss twice, a smaller one after the epoch, and an accuracy above":
+        lambda: (by_hand := printed(NOTEBOOK_4, r"by hand ([\d.]+), in the D\w+ ([\d.]+)")[0])[0]
+        == by_hand[1] > printed(NOTEBOOK_4, r"epoch: loss ([\d.]+)")[0][0]
+        and printed(NOTEBOOK_4, r"accuracy (\d+)%")[0][0] > 10,
+    "**You should see** that SGD loses nearly everything":
+        lambda: min(printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")) > (80,),
+    "With Muon and alpha = 0 the step stays practically the same":
+        lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.0: (\d+)%") < [(2,)],
+    "With alpha = 0.1 it does change the step":
+        lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.1: (\d+)%") > [(10,)],
+    "**You should see** both losses fall":
+        lambda: all(losses[-1] < losses[0] for losses in map(
+            history("cifar10-distilled-seed0").get, ("distillation_loss", "student_loss"))),
+    "Nearly as good: 94.0 % on digits, against 94.2 % with labels":
+        lambda: 0 < points("distilled", "digits")[0] - 100 * TABLE[
+            TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.5,
+}, NOTEBOOK_5: {
+    "As it falls, the bands get narrow":
+        lambda: all(spread(method, 19) < spread(method, epoch) / 2
+                    for method in ("scratch", "distilled") for epoch in (6, 7, 9)),
+    "**You should see** that the distilled students get there in fewer epochs":
+        lambda: all(distilled < scratch for _, distilled, scratch in printed(
+            NOTEBOOK_5, r"(\d+)% +(\d+) +(\d+)\n")),
+    "An epoch costs about the same for both":
+        lambda: benchmark("distill_over_scratch_epoch").between(0.95, 1.05).all(),
+    "all three models are far better than those of the original course":
+        lambda: all(mean - old > 10 for mean, old in (
+            (points("teacher")[0], 76.65), (points("distilled").mean(), 70.75),
+            (points("scratch").mean(), 64.6))),
+    "*the gain is a tenth of what it was*":
+        lambda: 0.08 < gains().mean() / (70.75 - 64.6) < 0.12,
+    "disagree with the teacher on almost one image in ten":
+        lambda: 0.09 < 1 - of_pairs("agreement").distilled.mean() < 0.1,
+    "agreement is only about one point higher than without a teacher":
+        lambda: 0.8 < 100 * np.subtract(*of_pairs("agreement").mean()) < 1.2,
+    "**You should see** ten different answers":
+        lambda: len(set(sum((printed(NOTEBOOK_5, rf"{method} " + 5 * r" +([\d.]+)")[-1]
+                             for method in ("distilled", "scratch")), ()))) == 10,
+    "**You should see** a wider interval that is still above zero":
+        lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0] > (0,)
+        and np.ptp(printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0])
+        > np.ptp(printed(NOTEBOOK_5, r"95 % interval ([\d.]+) to ([\d.]+)")[0]),
+    "Yes, a little: after 20 epochs":
+        lambda: gains().mean() < 1 and lower_limit(gains()) > 0,
+    "On validation the two students of a pair have nearly nothing in common":
+        lambda: abs(of_pairs("val_accuracy").corr().iloc[0, 1]) < 0.1,
+    "the interval without pairs is a little narrower":
+        lambda: (together := scipy.stats.ttest_ind(
+            *of_pairs("val_accuracy").T.to_numpy()).confidence_interval())
+        and 0.8 < np.ptp(together) / np.ptp(scipy.stats.ttest_rel(
+            *of_pairs("val_accuracy").T.to_numpy()).confidence_interval()) < 1,
+    "| about three points, and its interval is much wider |":
+        lambda: 2.5 < gains(dataset="digits").mean() < 3.5 and gains(dataset="digits").std()
+        > 5 * gains().std(),
+}, NOTEBOOK_6: {
+    "most of them lie almost entirely on one class":
+        lambda: np.median(soft(teacher_logits(), 1).max(-1)) > 0.99,
+    "At T = 16 they are nearly even": lambda: np.median(entropies(16)) > 0.95 * np.log(10),
+    "every student is one to two points better than the one from scratch":
+        lambda: map_gains().loc[4:, :0.5].stack().round(1).between(1, 2).all(),
+    "no single run of them can be told from the best":
+        lambda: map_gains().max(axis=None) - map_gains().loc[4:, :0.5].min(axis=None)
+        < printed(NOTEBOOK_6, r"a cell ([\d.]+) points behind")[0][0],
+    "T = 16 with alpha = 0 stays below T = 4 with alpha = 0.1":
+        lambda: rows("distilled-5-epochs")[16.0, 0.0].max()
+        < rows("distilled-5-epochs")[4.0, 0.1].min(),
+    "At T = 1 the gain is at most 0.6 points": lambda: map_gains().loc[1].max().round(1) == 0.6,
+    "At alpha = 0.9 it lies between -0.3 and 0.8":
+        lambda: map_gains()[0.9].agg(["min", "max"]).round(1).tolist() == [-0.3, 0.8],
+    "0.6 points is all that notebook 05 found after 20 epochs":
+        lambda: gains().mean().round(1) == 0.6,
+    "At T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
+    "a poor rate costs far more than a poor T or alpha":
+        lambda: rates()["1e-2"] - rates()["1e-3"] > 3 * np.ptp(map_gains()),
+    "the student loses 14 points, six times the spread of the whole map":
+        lambda: round(rates()["1e-2"] - rates()["1e-3"]) == 14
+        and 5.5 < (rates()["1e-2"] - rates()["1e-3"]) / np.ptp(map_gains()) < 6.5,
+    "1e-1, is the largest one that we tried": lambda: rates().idxmax() == "1e-1",
+    "Its lead over 0.02 is far smaller than the noise":
+        lambda: 0 < rates()["1e-1"] - rows("distilled-5-epochs")[4.0, 0.1, 0] < 0.07
+        and printed(NOTEBOOK_6, r"one cell over seeds: ([\d.]+)")[0][0] > 0.2,
+    "all students lie within about a point here":
+        lambda: np.ptp(map_gains().loc[4:, :0.5]) < 1.1,
+    "T = 1 or alpha = 0.9 gives away more than half of the gain":
+        lambda: max(map_gains().loc[1].max(), map_gains()[0.9].max())
+        < map_gains().loc[4.0, 0.1] / 2,
+    "A poor learning rate costs far more than either":
+        lambda: rates()["1e-3"] - rows("scratch-5-epochs").xs(0, level="seed").item()
+        < 3 * map_gains().min(axis=None),
+}, NOTEBOOK_7: {
+    "rises until T has caught up with the teacher's large logits, and then falls slowly":
+        lambda: (p := pulls([1, 2, 4, 8, 16]))[0] < p[1] and p[-1] < p.max()
+        and p.max() < 2 * p[-1],
+    "Without T² it falls about a hundredfold":
+        lambda: 70 < pulls([1])[0] / (pulls([16])[0] / 256) < 200,
+    "from T = 8 to T = 16 the gradient changes by less than a factor of 1.5":
+        lambda: 1 / 1.5 < np.divide(*pulls([8, 16])) < 1.5,
+    "Without T² it falls four- to fivefold":
+        lambda: 4 < 4 * np.divide(*pulls([8, 16])) < 5,
+    "a nearly even soft label, whatever the image":
+        lambda: max(sum(printed(NOTEBOOK_7, r"wrong: \[([\d.]+)"), ())) < 0.15,
+    "beats Hinton's loss in all 13 pairs": lambda: "openreview.net" in page(NOTEBOOK_7),
+    "makes the student far too unsure":
+        lambda: [right - sure > 20 for sure, right in printed(
+            NOTEBOOK_7, r"at T = \d: sure (\d+)%, right (\d+)%")] == [False, True],
+    "Teacher || student punishes most what the student leaves out":
+        lambda: {line: forward > backward for line, forward, backward in (
+            (each, *printed(NOTEBOOK_7, rf"{each} +([\d.]+) +([\d.]+)")[0])
+            for each in ("all alike", "picks one"))} == {"all alike": False, "picks one": True},
+    "They meet where it is easiest, at answers that are nearly even":
+        lambda: printed(NOTEBOOK_7, r"accuracy of the student: (\d+)%")[0][0] < 30,
+    "The loss falls beautifully, because the teacher unlearns":
+        lambda: np.subtract(*printed(NOTEBOOK_7, r"first step ([\d.]+), last ([\d.]+)")[0]) > 0
+        and np.subtract(*printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0]) > 30,
+    "picking wins at most a few tenths of a point":
+        lambda: max(picked()) < 0.5,
+    "the whole gain of distillation is a few tenths of a point too":
+        lambda: 0.3 < gains().mean() < 0.7,
+    "what picking wins differs from run to run":
+        lambda: len({round(each, 2) for each in picked()}) > 2,
+}, NOTEBOOK_8: {
+    "On the left the distilled student is far ahead after 5 epochs":
+        lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 1,
+    "the gain shrinks from there to 20 epochs":
+        lambda: scipy.stats.ttest_ind(gains("distilled-5-epochs", "scratch-5-epochs"),
+                                      gains()).pvalue < 0.01,
+    "Up to then it needs little more than half the epochs of the scratch student":
+        lambda: all(need <= 0.6 * epochs for epochs, need in printed(
+            NOTEBOOK_8, r"\n +(10|20) .* (\d+)(?=\n)")),
+    "On the right its training gap grows far more slowly":
+        lambda: training_gap("scratch-100-epochs") - training_gap("scratch-5-epochs")
+        > 2 * (training_gap("distilled-100-epochs") - training_gap("distilled-5-epochs")),
+    "makes it only a little better on new ones":
+        lambda: max(rows("distilled-100-epochs", column).iloc[0]
+                    - rows("scratch-100-epochs", column).xs(0, level="seed").item()
+                    for column in ("val_accuracy", "test_accuracy")) < 0.5,
+    "At 40 and 100 epochs it contains zero, and it also contains the gain of 20 epochs":
+        lambda: all(low < 0 < gains().mean() < high for low, high in printed(
+            NOTEBOOK_8, r"\n +(?:40|100) .*?, ([-\d.]+) to +([\d.]+)")),
+    "Trained alone for about as long as teacher and student together, the student from scratch":
+        lambda: patience().max() < -0.5 and 80 < teacher_in_epochs() < 100,
+    "its lead over its twin is much smaller than the uncertainty of a pair":
+        lambda: np.abs(gains("distilled-100-epochs", "scratch-100-epochs")).max()
+        < IMAGES_ALONE / 2,
+    "Smoothed and shuffled labels give about a third of a point":
+        lambda: all(0.2 < control(name).mean() < 0.4 for name in ("smoothing", "shuffled")),
+    "smoothing costs accuracy on validation": lambda: control("smoothing", "val").mean() < -0.3,
+    "The twin and the teacher give more than one point in each pair":
+        lambda: min(control("twin").min(),
+                    gains("distilled-5-epochs", "scratch-5-epochs").min()) > 1,
+    "most of this gain needs true knowledge about":
+        lambda: control("shuffled").mean()
+        < gains("distilled-5-epochs", "scratch-5-epochs").mean() / 2,
+    "three pairs can't tell it from the teacher":
+        lambda: (apart := gains("distilled-5-epochs", "distilled-5-epochs-twin")).mean()
+        < scipy.stats.t.ppf(0.975, 2) * max(apart.std(), IMAGES_ALONE) / 3**0.5,
+    "only horse survives the correction":
+        lambda: "correction: horse\n" in printed_text(NOTEBOOK_8),
+    "fewer dogs are taken for cats and fewer horses for dogs":
+        lambda: true_for_false("dog", "cat") < -5 and true_for_false("horse", "dog") < -5,
+    "A few more cats are taken for dogs": lambda: true_for_false("cat", "dog") > 0,
+    "in all there are fewer false \"dog\" answers":
+        lambda: printed(NOTEBOOK_8, r"dog ([-+]\d+)")[0][0] < 0,
+    "the distilled students are *too sure*, by about 0.04, and the scratch students are not":
+        lambda: [each for _, each in sorted(overconfidence().items())] == [0.04, 0.0],
+    "the student of T = 1 is calibrated as well as the one from scratch":
+        lambda: (errors := calibration_errors())["T = 1"] <= errors["scratch"],
+    "The error comes with T > 1":
+        lambda: min(error for name, error in calibration_errors().items()
+                    if name not in ("T = 1", "scratch")) > 1.5 * calibration_errors()["scratch"],
+    "the logits of the distilled students are as large as the teacher's":
+        lambda: len(set(printed(NOTEBOOK_8, r"(?:teacher|distilled) .* (\d\.\d)\n")[:2])) == 1,
+    "the distilled students have the *smaller* nll in every pair":
+        lambda: "has the smaller nll in 5 of 5 pairs" in printed_text(NOTEBOOK_8),
+    "So higher accuracy alone doesn't give better probabilities":
+        lambda: of_pairs("nll").distilled.mean() > of_pairs("nll").scratch.mean(),
+    "agree with the teacher on about 91 of 100, one more than the scratch students":
+        lambda: all(90 < distilled < 91.5 and 0.8 < distilled - scratch < 1.6 for distilled, scratch
+                    in zip(fidelity("distilled")[1:3], fidelity("scratch")[1:3], strict=True)),
+    "On their training images the two agree with it equally often":
+        lambda: fidelity("distilled")[0] == fidelity("scratch")[0],
+    "The gap between training and validation is smaller for the distilled students":
+        lambda: np.subtract(*fidelity("distilled")[3:5]) < np.subtract(*fidelity("scratch")[3:5]),
+    "know their training images no better than the scratch students do, but the validation images":
+        lambda: fidelity("distilled")[3] <= fidelity("scratch")[3]
+        and fidelity("distilled")[4] > fidelity("scratch")[4],
+    "the student from scratch fall steeply as labels become scarce":
+        lambda: (np.diff([points(f"scratch-5-epochs-{p}-percent")[0] for p in (1, 5, 10, 50)])
+                 > 5).all(),
+    "while the distilled student hardly changes":
+        lambda: np.ptp([points(f"distilled-5-epochs-{p}-percent")[0]
+                        for p in (1, 5, 10, 50)]) < 0.3,
+    "where training is short or labels are few, a \"no\" where the teacher":
+        lambda: re.findall(r" (yes|no|open)\n", printed_text(NOTEBOOK_8))
+        == 3 * ["yes"] + 2 * ["open"] + ["no"] + 4 * ["yes"],
+    "the gain shrinks from 15 points to one, and at 28 epochs its interval contains zero":
+        lambda: [round(gains(f"distilled-{n}-epochs", f"scratch-{n}-epochs", "digits").mean())
+                 for n in (3, 28)] == [15, 1],
+    "The gain is largest where the student alone has least":
+        lambda: gains("distilled-5-epochs-1-percent", "scratch-5-epochs-1-percent").min() > 30,
+    "Given the teacher's time, one student from scratch does better": lambda: patience().max() < 0,
+    "After 5 epochs most of the gain comes from knowing which classes are alike":
+        lambda: control("shuffled").mean()
+        < gains("distilled-5-epochs", "scratch-5-epochs").mean() / 2,
+    "The three gains lie within 0.03 points of each other":
+        lambda: 0 < np.ptp(patience()) < 0.035,
+}}
+NOT_MEASURED = {"README.md": {
+    "Compare within a row": "advice",
+    "speaks of one teacher": "says what the interval covers",
+    "Run all tests": "times",
+    "Best read in order": "advice",
+    "see the same view of an image": "how it works",
+    "give other numbers than those above": "other data",
+    "ends with the same weights": "test_kill and test_runs",
+    '"The same" means': "test_runs",
+    "beside the same networks in PyTorch": "benchmark.csv",
+    "with the same input and logits out": "what is asked for",
+}, NOTEBOOK_1: {
+    "never choose and report on the same images": "what is learned here",
+    "makes more mistakes": "claims of 05",
+    "see the same image": "how it works",
+    "trains the same student without a teacher": "what comes",
+    "is partly the luckiest": "a fact about maxima",
+    "says more about an image": "an example",
+    "draws the same share": "the output beside it", "Why are the parts": "a question",
+    "It's the habit that matters": "advice", "| confidence |": "definitions",
+    "it's the same for every model": "the data are the same",
+    "45,000 images become more": "a question",
+    "The label stays the same": "how it works",
+    "Are the views the same": "a question",
+    "*the same views in the same order*": "test_runs",
+    "trains almost as fast": "benchmark.csv, distill_over_scratch_epoch",
+    "which two classes": "a question",
+    "look the same?": "a question",
+    "more likely than not": "test_exercises",
+    "The same goes for": "an explanation",
+    "the same views for teacher and student": "a title",
+    "| word | 中文 |": "definitions",
+}, NOTEBOOK_2: {
+    "halve the picture": "how it works", "half as high": "the output beside it",
+    "show them twice": "how it works", "between 30 and 45 %": "depends on the processor",
+    "differs in four ways": "a list", "better optimizer": "a claim of exercise 2",
+    "at the same pace": "how Muon works", "a better Adam": "advice",
+    "falls to zero along a cosine": "test_runs", "shrinks the kernels a little": "how it works",
+    "than one sitting": "a heading", "in the same way, with the two": "how it works",
+    "bit for bit on the same machine": "test_runs", "rise steadily?": "a question",
+    "As it falls, they settle": "an explanation", "never pick the best epoch": "a rule",
+    "of about the same size": "the course's own words", "mixed up most": "the output below",
+    "hardly says more than the hard label": "an explanation", "are alike": "what 03 measures",
+    "Where the learning rate is highest": "an explanation",
+}, NOTEBOOK_3: {
+    "finds alike": "a goal", "find alike?": "a heading", "a larger number means": "a definition",
+    "differences shrink": "arithmetic", "as T grows": "a question",
+    "differ by at most 0.25": "arithmetic", "hesitates most": "how they are chosen",
+    "Why does this teach more": "a question", "hardly anything else": "an example",
+    "most images are not like that": "a heading", "A higher temperature": "arithmetic",
+    "no more than the top answer": "a limit", "look the same to the eye": "a limit",
+    "We average": "how it is done", "gets the most:": "the output below",
+    "point to the same classes?": "a question", "show the same thing": "the six of ten above",
+    "The image is the same": "how it is made", "it is nearly flat": "the claim above",
+    "which classes are alike": "the claim above", "can a temperature change": "a question",
+    "even sharper": "arithmetic", "by the same positive number": "arithmetic",
+    "What differs on digits": "of other data",
+}, NOTEBOOK_4: {
+    "is the same formula": "test_notebooks", "how do the two losses differ": "a question",
+    "narrower and shallower": "the table beside it", "the teacher sees more": "arithmetic",
+    "and twice over": "the steps below", "shrinks like 1/T as well": "derived there",
+    "should fall 16-fold": "derived there", "with a tenth and a hundredth": "how it is done",
+    "more or less than 16": "a question", "can't be larger than 1": "arithmetic",
+    "unlikely classes hardly count": "an explanation",
+    "the same images (that's Dropout)": "the output beside it",
+    "find the same loss": "a question", "weigh 16 times more": "arithmetic",
+    "means little": "advice", "Would the student_loss fall": "a question",
+    "on the same batches": "what comes", "larger than the teacher's own": "arithmetic",
+    "falls all the same": "test_exercises", "must see it too": "arithmetic",
+    "What differs on digits": "of other data",
+}, NOTEBOOK_5: {
+    "set up a fair comparison": "what is learned here",
+    "students of the same architecture": "its rule",
+    "| the same | different |": "its rule, checked in the cell below",
+    'what "the same" means': "a title",
+    "who gets further?": "a question", "to reach a given accuracy?": "a question",
+    "better when they are smaller": "a definition", "give the same answer.": "a definition",
+    "has less left to learn": "an explanation", "found the same": "cited",
+    "we compare *within* pairs": "how it is done", "If a line rises": "how to read it",
+    "tested on the *same images*": "how it was done",
+    "when it is larger, is the subject": "what comes",
+    "Give it 20 or more": "advice", "A comparison is fair if": "its rule",
+    "to report each student's best epoch": "a question",
+    "stays the same on average": "test_exercises",
+    "0.32 to 0.90 for the same ten numbers": "test_exercises", "smaller is better": "a definition",
+    "The best of 20 noisy numbers": "a fact about maxima", "as T grows without limit": "a question",
+    "has to be the same for": "a question", "One student is right more often": "a question",
+    "Are its probabilities better?": "a question",
+    "The best of many numbers": "a fact about maxima",
+    "divided by T they hardly differ": "arithmetic", "the same probability for every class": "03",
+    "shrinks like 1/T²": "04", "fewer pairs are needed": "arithmetic",
+}, NOTEBOOK_6: {
+    "which setting matters most": "what is learned here",
+    "is the best, which is the worst": "a question",
+    "All start from the same weights": "test_runs", "worse than the best one?": "a question",
+    "is partly the luckiest": "a fact about maxima", "are *equally* good": "how it is done",
+    "how much better than the student": "a question", "not one best cell": "the claims behind it",
+    "share one teacher and the same": "how it was done", "*Figure 6.3: the same student": "a title",
+    "| the map | 26 students": "of other data", "the same answers with logits": "a question",
+    "the best cell by test accuracy": "a question", "comes back at T = 2": "test_exercises",
+    "only at alpha = 0": "arithmetic",
+    "The best of many noisy numbers is too good": "test_exercises",
+}, NOTEBOOK_7: {
+    "The five worst": "their order is a choice", "Most of these mistakes": "the links beside them",
+    "divided by 4 they hardly differ": "arithmetic", "give the same answers": "a test to write",
+    "cut to almost 0": "Keras's source", "as [somebody once": "cited",
+    "nearly the same whether": "arithmetic",
+    "One more layer behind": "Keras's source", "has to go to nearly zero": "a test to write",
+    "exactly where the student is most wrong": "arithmetic",
+    "is the same number for everybody": "the cell below",
+    "a smaller loss than a random one": "a test to write", "gives all three the same": "an example",
+    "minds that less": "the output above", "compares the student with itself": "how it happens",
+    "### 13": "a title", "is the larger one": "test_distiller",
+    "came out worse than scratch": "cited",
+    "is the same, bit for bit": "05 checks it", "knows nothing any more": "the output above",
+    "### 18": "a title", "is the best epoch than the last": "a question", "### 19": "a title",
+    "picking wins more": "an explanation", "shows the same with Muon": "06",
+    "reaches what is known": "a test to write",
+    "The same logits on both sides (13)": "test_exercises",
+    "nearly the statistics of the whole": "test_exercises",
+    "| | mistake | symptom |": "the text above", "| 13 | same logits": "the text above",
+    "the same few steps": "a test to write", "Nearly all of these mistakes": "the table beside it",
+}, NOTEBOOK_8: {
+    "Where does the teacher help most": "a question",
+    "Two students that are equally good": "arithmetic",
+    "we never take the spread to be smaller": "a rule",
+    "a longer training makes the gain smaller": "a story",
+    "so the gain grows with the training": "a story",
+    "the learning rate rises and falls": "test_runs",
+    "the same number of epochs": "how it is done", "Left: what they reach": "how to read it",
+    "smaller than the true gap": "an explanation", "How large is the gain": "a question",
+    "comes to the same advice": "cited", "**Which student is the best?**": "a question",
+    "reaches 88.98 %": "cited", "It is softer than a hard one": "a definition",
+    "are the same for all but scratch": "experiments.py", "*Figure 8.2: gain": "how to read it",
+    "may be made of something else": "says what is open",
+    "(green) the scratch students": "how to read it",
+    "that may be luck": "the interval in Figure 8.3", "that became more common": "how to read it",
+    "don't simply say": "the counts before it", "## Are its probabilities better": "a question",
+    "know better how sure": "a question", "The answers stay the same": "arithmetic",
+    "bins of fewer than 20": "how it is done", "copy it most directly": "an explanation",
+    "is it more on the training images": "a question", "The same cell also tells": "how it is done",
+    "found the same for much larger models": "cited",
+    "the labels of most training images": "how it is done",
+    "the same number of steps": "test_runs", "contain nearly all the labels": "test_exercises",
+    "better and worse teachers": "what comes", "With a hundred classes": "says what is open",
+    "the gain should shrink": "a guess, called so", "It shrinks to": "test_exercises",
+    "| smoothed labels | the same": "a definition",
+}}
