@@ -4,13 +4,14 @@
     python reference/experiments.py                 make everything that is missing
     python reference/experiments.py scratch best    make these experiments only
 
-Interrupt it whenever you like: it goes on after the last whole epoch. PROTOCOL.md says what
-each group of rows was made for, before it was made.
+Interrupt it whenever you like: it goes on after the last whole epoch. PROTOCOL.md announces the
+rows of _recipe_choice and _evidence, before they are made.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
@@ -189,7 +190,7 @@ FIVE, TEN = {"epochs": 5}, {"epochs": 10}
 
 
 def _published() -> list[Experiment]:
-    """The rows behind notebooks 02 to 07."""
+    """The rows behind notebooks 02 to 08."""
     one = "teacher-seed0"
     table = [
         Experiment("teacher", weights=True),
@@ -413,9 +414,16 @@ def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
         return None
     if not each.signal:
         return store.read_notes(paths[0])["model"]
+    return _digest_of_several(each.signal, tuple(names),
+                              tuple(store.read_notes(path)["model"] for path in paths))
+
+
+@functools.cache
+def _digest_of_several(signal: str, names: tuple, digests: tuple) -> str:
+    """Asked for each seed, so kept; digests tell when a teacher was made again."""
     models = [keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
               for name in names]
-    return store.model_digest(SIGNALS[each.signal](*models))
+    return store.model_digest(SIGNALS[signal](*models))
 
 
 def missing(experiments) -> list[tuple[Experiment, int]]:
@@ -467,6 +475,25 @@ def write_table() -> None:
         ["dataset", "method", "temperature", "alpha", "seed"])
     store.write_whole(runs.REFERENCE / "results.csv",
                       lambda aside: table.to_csv(aside, index=False))
+
+
+def students_by_epochs(dataset: str) -> pd.DataFrame:
+    """The published students of T = 4 and alpha = 0.1, whatever the length of their training.
+
+    Columns student ("scratch", "distilled"), epochs, seed, and in points test, val and gap:
+    accuracy on the training views in the last epoch, minus validation.
+    """
+    notes = [store.read_notes(path) for path in (runs.REFERENCE / "rows").glob("*.json")]
+    table = pd.DataFrame([note["row"] | {"training": note["history"]["accuracy"][-1]}
+                          for note in notes])
+    table = table[(table.dataset == dataset) & (table.seed < 100)
+                  & table.method.str.fullmatch(r"(scratch|distilled)(-\d+-epochs)?")
+                  & table.temperature.isin([np.nan, 4]) & table.alpha.isin([np.nan, 0.1])]
+    table = table.assign(
+        student=table.method.str.split("-").str[0], test=100 * table.test_accuracy,
+        val=100 * table.val_accuracy, gap=100 * (table.training - table.val_accuracy))
+    columns = ["student", "epochs", "seed", "test", "val", "gap"]
+    return table.sort_values("method")[columns].drop_duplicates(columns[:3])
 
 
 def restamp() -> int:

@@ -76,21 +76,30 @@ def control(name, part="test"):
     return (found - rows("scratch-5-epochs", column).droplevel([0, 1])).dropna()
 
 
-def true_for_false(true, answer):
-    """The number in a cell of Figure 8.4, counted from the published models."""
-    classes, change = cifar10().class_names, []
+def cell_changes(true, answer):
+    """A cell of Figure 8.4 in each pair, counted from the published models."""
+    classes, counts = cifar10().class_names, []
     images = cifar10().x_test[cifar10().y_test == classes.index(true)]
     for method in ("distilled", "scratch"):
         for seed in range(5):
             path = ROOT / f"reference/weights/cifar10-{method}-seed{seed}.keras"
             logits = runs.predict_logits(keras.saving.load_model(path), images)
-            change.append(np.sum(logits.argmax(-1) == classes.index(answer)))
-    return np.mean(change[:5]) - np.mean(change[5:])
+            counts.append(np.sum(logits.argmax(-1) == classes.index(answer)))
+    return np.subtract(counts[:5], counts[5:])
+
+
+def needed(epochs):
+    """Epochs of a distilled student for what the scratch student reaches, on a log scale."""
+    lengths = {5: "-5-epochs", 10: "-10-epochs", 20: "", 40: "-40-epochs", 100: "-100-epochs"}
+    pairs = {n: (points(f"distilled{name}") + 0 * points(f"scratch{name}")).mean()
+             for n, name in lengths.items()}
+    reached = points(f"scratch{lengths[epochs]}") + 0 * points(f"distilled{lengths[epochs]}")
+    return np.exp(np.interp(reached.mean(), list(pairs.values()), np.log(list(pairs))))
 
 
 def overconfidence():
-    return {name: printed(NOTEBOOK_8, rf"{name} +(-?[\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +")[0][0]
-            for name in ("distilled", "scratch")}
+    return {name: printed(NOTEBOOK_8, rf"\n{name} +(-?[\d.]+) +[\d.]+ +[\d.]+ +[\d.]+ +")[0][0]
+            for name in ("teacher", "distilled", "scratch")}
 
 
 def calibration_errors():
@@ -153,11 +162,17 @@ def printed(name, pattern):
     return [tuple(map(float, each if isinstance(each, tuple) else (each,))) for each in found]
 
 
-def hesitant():
+def hesitant_images():
     """The four images of Figure 3.1."""
     one, y = soft(teacher_logits(), 1), cifar10().y_val
     doubt = np.where(one.argmax(-1) == y, np.sort(one, axis=-1)[:, -2], -1)
-    return one[[np.argmax(np.where(y == k, doubt, -1)) for k in (2, 3, 7, 9)]]
+    return [np.argmax(np.where(y == k, doubt, -1)) for k in (2, 3, 7, 9)]
+
+
+def hesitant():
+    """Their soft labels at T = 1."""
+    one = soft(teacher_logits(), 1)
+    return one[hesitant_images()]
 
 
 @functools.cache
@@ -241,14 +256,15 @@ CLAIMS = {"README.md": {
         lambda: len(gains()) == 5 and (gains() > 0).all(),
     "In the second, distilling lost":  # the PyTorch tutorial's numbers, as it prints them
         lambda: "| 75.60 % | 70.41 % | 70.19 % |" in page("README.md"),
-    "That is little, but more than the students' seeds explain":
-        lambda: gains().mean() < 1 and lower_limit(gains()) > 0,
+    "That is little, but more than luck of this kind explains":
+        lambda: gains().mean() < 1 and lower_limit(gains()) > 0 and printed(
+            NOTEBOOK_5, r"test images: ([\d.]+) to") > [(0,)],
     "**After 5 epochs** the distilled students reach 85.68 %, those from scratch 83.94 %":
         lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 0,
     "one pair, and within the noise":
         lambda: len(gains("distilled-100-epochs", "scratch-100-epochs")) == 1 and np.abs(
             gains("distilled-100-epochs", "scratch-100-epochs")).max() < 1.96 * IMAGES_ALONE,
-    "a student alone reaches 49.48 % in 5 epochs, one with the teacher's answers to all images":
+    "a student alone reaches 49.48 % in as many steps as 5 epochs have, one with the teacher's":
         lambda: gains("distilled-5-epochs-1-percent", "scratch-5-epochs-1-percent").min() > 30,
 }, NOTEBOOK_1: {
     "They differ from what we just measured by less than 0.2":
@@ -260,7 +276,7 @@ CLAIMS = {"README.md": {
     "The first four do most of the work":
         lambda: convolutions()[1][:4].sum() > convolutions()[1].sum() / 2,
     "does next to none": lambda: convolutions()[1][0] < 0.01 * convolutions()[1].sum(),
-    "On digits it beats plain SGD by about ten points":
+    "On digits it beats SGD with momentum by about ten points":
         lambda: 8 < points("scratch", "digits")[0] - points("scratch-sgd", "digits")[0] < 12,
     "Validation goes up and down in the first 12 epochs and rises steadily in the last 8":
         lambda: (np.diff(history("cifar10-teacher-seed0")["val_accuracy"])[:11] < 0).any()
@@ -279,6 +295,8 @@ CLAIMS = {"README.md": {
         and (np.diff([soft([6, 3, -1], t) for t in (1, 2, 4, 8, 16)], axis=0)[:, 2] > 0).all(),
     "three shares between 0.30 and 0.39":
         lambda: np.sort(soft(soft([6, 3, -1], 1), 4))[[0, 2]].round(2).tolist() == [0.3, 0.39],
+    "on CIFAR-10 it is the bottom row of Figure 3.1":
+        lambda: hesitant_images()[-1] == IMAGE,
     "At T = 1 two to four classes share nearly everything":
         lambda: all(2 <= np.sum(np.cumsum(np.sort(each)[::-1]) < 0.95) + 1 <= 4
                     for each in hesitant()),
@@ -300,21 +318,25 @@ CLAIMS = {"README.md": {
     "The third column falls by about sixteen":
         lambda: all(14 < 4 * gap(t)[-1, 9] / gap(4 * t)[-1, 9] < 20 for t in (4, 16, 64)),
     "**You should see** 16 at the lower right": lambda: 15.9 < falls(16, 0.01) < 16.1,
-    "it starts at about 6 (and overshoots later)": lambda: 5.5 < falls(1) < 6.5 and falls(4) > 16,
+    "it starts at about 6": lambda: 5.5 < falls(1) < 6.5,
+    "T² grows, by 16/6":
+        lambda: 16 / 6.5 < gradient_length(4) / gradient_length(1) < 16 / 5.5,
+    "Later the fall is above 16": lambda: falls(4) > 16 and falls(16) > 16,
     "it stays within a factor of about three on the left, and is level on the right":
         lambda: max(map(gradient_length, GRID)) / min(map(gradient_length, GRID)) < 3.3
         and np.ptp([gradient_length(t, 0.01) for t in GRID]) < 0.1 * gradient_length(1, 0.01),
     "it ends up tens of thousands of times smaller":
         lambda: 10_000 < 256**2 * gradient_length(1) / gradient_length(256) < 100_000,
-    "It rises first, and then approaches the limit from above":
+    "It rises first, because at small T the KL falls more slowly than T² grows":
         lambda: np.diff(loss_against_t()[0])[0] > 0 and np.diff(loss_against_t()[0])[-1] < 0
         and loss_against_t()[0][-1] > loss_against_t()[1],
     "**You should see** the same loss twice, a smaller one after the epoch, and an accuracy above":
         lambda: (by_hand := printed(NOTEBOOK_4, r"by hand ([\d.]+), in the D\w+ ([\d.]+)")[0])[0]
         == by_hand[1] > printed(NOTEBOOK_4, r"epoch: loss ([\d.]+)")[0][0]
         and printed(NOTEBOOK_4, r"accuracy (\d+)%")[0][0] > 10,
-    "**You should see** that SGD loses nearly everything":
-        lambda: min(printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")) > (80,),
+    "SGD loses nearly everything, because its step is 16 times smaller: 94 % is 1 − 1/16":
+        lambda: printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")[0] == (94,)
+        and printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")[1] > (80,),
     "With Muon and alpha = 0 the step stays practically the same":
         lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.0: (\d+)%") < [(2,)],
     "With alpha = 0.1 it does change the step":
@@ -353,8 +375,8 @@ CLAIMS = {"README.md": {
         > np.ptp(printed(NOTEBOOK_5, r"95 % interval ([\d.]+) to ([\d.]+)")[0]),
     "Yes, a little: after 20 epochs":
         lambda: gains().mean() < 1 and lower_limit(gains()) > 0,
-    "On validation the two students of a pair have nearly nothing in common":
-        lambda: abs(of_pairs("val_accuracy").corr().iloc[0, 1]) < 0.1,
+    "On the test set pairing narrows the interval":
+        lambda: gains().std() < np.sqrt(points("scratch").var() + points("distilled").var()),
     "the interval without pairs is a little narrower":
         lambda: (together := scipy.stats.ttest_ind(
             *of_pairs("val_accuracy").T.to_numpy()).confidence_interval())
@@ -372,7 +394,7 @@ CLAIMS = {"README.md": {
     "no single run of them can be told from the best":
         lambda: map_gains().max(axis=None) - map_gains().loc[4:, :0.5].min(axis=None)
         < printed(NOTEBOOK_6, r"a cell ([\d.]+) points behind")[0][0],
-    "T = 16 with alpha = 0 stays below T = 4 with alpha = 0.1":
+    "T = 16 with alpha = 0 stays below T = 4 with alpha = 0.1 in all three seeds":
         lambda: rows("distilled-5-epochs")[16.0, 0.0].max()
         < rows("distilled-5-epochs")[4.0, 0.1].min(),
     "At T = 1 the gain is at most 0.6 points": lambda: map_gains().loc[1].max().round(1) == 0.6,
@@ -381,11 +403,13 @@ CLAIMS = {"README.md": {
     "0.6 points is all that notebook 05 found after 20 epochs":
         lambda: gains().mean().round(1) == 0.6,
     "At T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
-    "a poor rate costs far more than a poor T or alpha":
+    "a very poor rate costs far more than a poor T or alpha":
         lambda: rates()["1e-2"] - rates()["1e-3"] > 3 * np.ptp(map_gains()),
     "the student loses 14 points, six times the spread of the whole map":
         lambda: round(rates()["1e-2"] - rates()["1e-3"]) == 14
         and 5.5 < (rates()["1e-2"] - rates()["1e-3"]) / np.ptp(map_gains()) < 6.5,
+    "From 1e-2 to 1e-1 it hardly matters: 0.6 points":
+        lambda: round(rates()["1e-1"] - rates()["1e-2"], 1) == 0.6,
     "1e-1, is the largest one that we tried": lambda: rates().idxmax() == "1e-1",
     "Its lead over 0.02 is far smaller than the noise":
         lambda: 0 < rates()["1e-1"] - rows("distilled-5-epochs")[4.0, 0.1, 0] < 0.07
@@ -395,11 +419,11 @@ CLAIMS = {"README.md": {
     "T = 1 or alpha = 0.9 gives away more than half of the gain":
         lambda: max(map_gains().loc[1].max(), map_gains()[0.9].max())
         < map_gains().loc[4.0, 0.1] / 2,
-    "A poor learning rate costs far more than either":
+    "A learning rate that is 20 times too small costs far more than either":
         lambda: rates()["1e-3"] - rows("scratch-5-epochs").xs(0, level="seed").item()
         < 3 * map_gains().min(axis=None),
 }, NOTEBOOK_7: {
-    "rises until T has caught up with the teacher's large logits, and then falls slowly":
+    "rises until T is about as large as the teacher's logits, and then falls slowly":
         lambda: (p := pulls([1, 2, 4, 8, 16]))[0] < p[1] and p[-1] < p.max()
         and p.max() < 2 * p[-1],
     "Without T² it falls about a hundredfold":
@@ -427,58 +451,84 @@ CLAIMS = {"README.md": {
         lambda: max(picked()) < 0.5,
     "the whole gain of distillation is a few tenths of a point too":
         lambda: 0.3 < gains().mean() < 0.7,
+    "With a constant rate picking can win more: 0.5 points for the student with Adam at 1e-3":
+        lambda: (curve := np.array(history("cifar10-distilled-adam-1e-3-seed0")["val_accuracy"]))
+        is not None and round(100 * (curve.max() - curve[-1]), 2) == 0.5 > max(picked()),
     "what picking wins differs from run to run":
         lambda: len({round(each, 2) for each in picked()}) > 2,
 }, NOTEBOOK_8: {
-    "On the left the distilled student is far ahead after 5 epochs":
-        lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 1,
-    "the gain shrinks from there to 20 epochs":
-        lambda: scipy.stats.ttest_ind(gains("distilled-5-epochs", "scratch-5-epochs"),
-                                      gains()).pvalue < 0.01,
-    "Up to then it needs little more than half the epochs of the scratch student":
-        lambda: all(need <= 0.6 * epochs for epochs, need in printed(
-            NOTEBOOK_8, r"\n +(10|20) .* (\d+)(?=\n)")),
-    "On the right its training gap grows far more slowly":
-        lambda: training_gap("scratch-100-epochs") - training_gap("scratch-5-epochs")
-        > 2 * (training_gap("distilled-100-epochs") - training_gap("distilled-5-epochs")),
-    "makes it only a little better on new ones":
-        lambda: max(rows("distilled-100-epochs", column).iloc[0]
-                    - rows("scratch-100-epochs", column).xs(0, level="seed").item()
-                    for column in ("val_accuracy", "test_accuracy")) < 0.5,
+    "The distilled student is far ahead after 5 epochs, and the gain is smaller after 20":
+        lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 1
+        and scipy.stats.ttest_ind(gains("distilled-5-epochs", "scratch-5-epochs"),
+                                  gains()).pvalue < 0.01,
+    "needs about six tenths of the epochs":
+        lambda: all(0.55 < float(needed(epochs)) / epochs < 0.65 for epochs in (10, 20)),
+    "the training gap of the distilled student hardly grows after 10 epochs":
+        lambda: training_gap("distilled-100-epochs") - training_gap("distilled-10-epochs") < 0.5
+        and training_gap("scratch-100-epochs") - training_gap("scratch-10-epochs") > 3,
+    "a growing gain, doesn't show":
+        lambda: (np.diff([gains(f"distilled{n}", f"scratch{n}").mean() for n in (
+            "-5-epochs", "-10-epochs", "", "-40-epochs", "-100-epochs")]) < 0).all(),
+    "which is less than teacher, answers and student take together":
+        lambda: printed(NOTEBOOK_8, r"; in all (\d+)")[0][0] > 110,
+    "the student from scratch is better in each of the three pairs":
+        lambda: len(patience()) == 3 and patience().max() < 0,
+    "about 0.3 points, which three pairs can't tell from zero":
+        lambda: all(0.2 < control(name).mean() < 0.4 and control(name).mean() < scipy.stats.t.ppf(
+            0.975, 2) * max(control(name).std(), IMAGES_ALONE) / 3**0.5
+                    for name in ("smoothing", "shuffled")),
+    "Smoothing even lies below scratch on validation":
+        lambda: control("smoothing", "val").max() < 0,
+    "Fewer dogs are taken for cats and fewer horses for dogs, and that is so in each":
+        lambda: cell_changes("dog", "cat").max() < 0 and cell_changes("horse", "dog").max() < 0,
+    "after Holm's correction neither is significant":
+        lambda: min(90 * scipy.stats.ttest_1samp(cell_changes(*each), 0).pvalue
+                    for each in (("dog", "cat"), ("horse", "dog"))) > 0.05,
+    "from T = 2 on the error is about twice as large":
+        lambda: all(1.7 < error / calibration_errors()["scratch"] < 2.8
+                    for name, error in calibration_errors().items()
+                    if name not in ("T = 1", "scratch")),
+    "On new images the teacher is too sure as well, by 0.02":
+        lambda: overconfidence()["teacher"] == 0.02
+        and points("teacher")[0] > points("distilled").max(),
+    "After these 20 epochs the gap between training and validation is smaller":
+        lambda: np.subtract(*fidelity("distilled")[3:5]) < np.subtract(*fidelity("scratch")[3:5]),
+    "It is right on about 97 of 100 of them":
+        lambda: 96.5 < printed(NOTEBOOK_8, r"right on ([\d.]+)% of these")[0][0] < 97.5,
+    "it is right on about 92 of 100 new images":
+        lambda: 91.5 < points("teacher")[0] < 92.5,
+    "a \"yes\" where training is short or few labels are known, and after 20 epochs":
+        lambda: re.findall(r" (yes|no|open)\n", printed_text(NOTEBOOK_8))
+        == 3 * ["yes"] + 3 * ["open"] + 4 * ["yes"],
+    "At 50 % of the labels, most of the gain is that of the short training":
+        lambda: gains("distilled-5-epochs", "scratch-5-epochs")[0]
+        > gains("distilled-5-epochs-50-percent", "scratch-5-epochs-50-percent")[0] / 2,
+    "The gain was large after few epochs":
+        lambda: gains("distilled-5-epochs", "scratch-5-epochs").min() > 1.5
+        and gains("distilled-5-epochs-10-percent", "scratch-5-epochs-10-percent").min() > 8,
+    "the student from scratch was better than the distilled one of 20 epochs, and cost less":
+        lambda: patience().max() < 0 and printed(NOTEBOOK_8, r"; in all (\d+)")[0][0] > 110,
+    "Softness alone doesn't give the gain after 5 epochs":
+        lambda: control("smoothing").mean()
+        < gains("distilled-5-epochs", "scratch-5-epochs").min() / 2,
     "At 40 and 100 epochs it contains zero, and it also contains the gain of 20 epochs":
         lambda: all(low < 0 < gains().mean() < high for low, high in printed(
             NOTEBOOK_8, r"\n +(?:40|100) .*?, ([-\d.]+) to +([\d.]+)")),
-    "Trained alone for about as long as teacher and student together, the student from scratch":
-        lambda: patience().max() < -0.5 and 80 < teacher_in_epochs() < 100,
-    "its lead over its twin is much smaller than the uncertainty of a pair":
+    "Its lead over its twin is much smaller than the uncertainty of a pair":
         lambda: np.abs(gains("distilled-100-epochs", "scratch-100-epochs")).max()
         < IMAGES_ALONE / 2,
-    "Smoothed and shuffled labels give about a third of a point":
-        lambda: all(0.2 < control(name).mean() < 0.4 for name in ("smoothing", "shuffled")),
-    "smoothing costs accuracy on validation": lambda: control("smoothing", "val").mean() < -0.3,
-    "The twin and the teacher give more than one point in each pair":
+    "The small teacher and the teacher give more than one point in each pair":
         lambda: min(control("twin").min(),
                     gains("distilled-5-epochs", "scratch-5-epochs").min()) > 1,
-    "most of this gain needs true knowledge about":
-        lambda: control("shuffled").mean()
-        < gains("distilled-5-epochs", "scratch-5-epochs").mean() / 2,
     "three pairs can't tell it from the teacher":
         lambda: (apart := gains("distilled-5-epochs", "distilled-5-epochs-twin")).mean()
         < scipy.stats.t.ppf(0.975, 2) * max(apart.std(), IMAGES_ALONE) / 3**0.5,
     "only horse survives the correction":
         lambda: "correction: horse\n" in printed_text(NOTEBOOK_8),
-    "fewer dogs are taken for cats and fewer horses for dogs":
-        lambda: true_for_false("dog", "cat") < -5 and true_for_false("horse", "dog") < -5,
-    "A few more cats are taken for dogs": lambda: true_for_false("cat", "dog") > 0,
-    "in all there are fewer false \"dog\" answers":
-        lambda: printed(NOTEBOOK_8, r"dog ([-+]\d+)")[0][0] < 0,
     "the distilled students are *too sure*, by about 0.04, and the scratch students are not":
-        lambda: [each for _, each in sorted(overconfidence().items())] == [0.04, 0.0],
+        lambda: [overconfidence()[name] for name in ("distilled", "scratch")] == [0.04, 0.0],
     "the student of T = 1 is calibrated as well as the one from scratch":
         lambda: (errors := calibration_errors())["T = 1"] <= errors["scratch"],
-    "The error comes with T > 1":
-        lambda: min(error for name, error in calibration_errors().items()
-                    if name not in ("T = 1", "scratch")) > 1.5 * calibration_errors()["scratch"],
     "the logits of the distilled students are as large as the teacher's":
         lambda: len(set(printed(NOTEBOOK_8, r"(?:teacher|distilled) .* (\d\.\d)\n")[:2])) == 1,
     "the distilled students have the *smaller* nll in every pair":
@@ -490,8 +540,6 @@ CLAIMS = {"README.md": {
                     in zip(fidelity("distilled")[1:3], fidelity("scratch")[1:3], strict=True)),
     "On their training images the two agree with it equally often":
         lambda: fidelity("distilled")[0] == fidelity("scratch")[0],
-    "The gap between training and validation is smaller for the distilled students":
-        lambda: np.subtract(*fidelity("distilled")[3:5]) < np.subtract(*fidelity("scratch")[3:5]),
     "know their training images no better than the scratch students do, but the validation images":
         lambda: fidelity("distilled")[3] <= fidelity("scratch")[3]
         and fidelity("distilled")[4] > fidelity("scratch")[4],
@@ -501,18 +549,9 @@ CLAIMS = {"README.md": {
     "while the distilled student hardly changes":
         lambda: np.ptp([points(f"distilled-5-epochs-{p}-percent")[0]
                         for p in (1, 5, 10, 50)]) < 0.3,
-    "where training is short or labels are few, a \"no\" where the teacher":
-        lambda: re.findall(r" (yes|no|open)\n", printed_text(NOTEBOOK_8))
-        == 3 * ["yes"] + 2 * ["open"] + ["no"] + 4 * ["yes"],
     "the gain shrinks from 15 points to one, and at 28 epochs its interval contains zero":
         lambda: [round(gains(f"distilled-{n}-epochs", f"scratch-{n}-epochs", "digits").mean())
                  for n in (3, 28)] == [15, 1],
-    "The gain is largest where the student alone has least":
-        lambda: gains("distilled-5-epochs-1-percent", "scratch-5-epochs-1-percent").min() > 30,
-    "Given the teacher's time, one student from scratch does better": lambda: patience().max() < 0,
-    "After 5 epochs most of the gain comes from knowing which classes are alike":
-        lambda: control("shuffled").mean()
-        < gains("distilled-5-epochs", "scratch-5-epochs").mean() / 2,
     "The three gains lie within 0.03 points of each other":
         lambda: 0 < np.ptp(patience()) < 0.035,
 }}
@@ -544,14 +583,14 @@ NOT_MEASURED = {"README.md": {
     "trains almost as fast": "benchmark.csv, distill_over_scratch_epoch",
     "which two classes": "a question",
     "look the same?": "a question",
-    "more likely than not": "test_exercises",
+    "likelier than not": "test_exercises",
     "The same goes for": "an explanation",
     "the same views for teacher and student": "a title",
     "| word | 中文 |": "definitions",
 }, NOTEBOOK_2: {
     "halve the picture": "how it works", "half as high": "the output beside it",
     "show them twice": "how it works", "between 30 and 45 %": "depends on the processor",
-    "differs in four ways": "a list", "better optimizer": "a claim of exercise 2",
+    "differs from this one in four ways": "a list", "better optimizer": "a claim of exercise 2",
     "at the same pace": "how Muon works", "a better Adam": "advice",
     "falls to zero along a cosine": "test_runs", "shrinks the kernels a little": "how it works",
     "than one sitting": "a heading", "in the same way, with the two": "how it works",
@@ -576,7 +615,11 @@ NOT_MEASURED = {"README.md": {
 }, NOTEBOOK_4: {
     "is the same formula": "test_notebooks", "how do the two losses differ": "a question",
     "narrower and shallower": "the table beside it", "the teacher sees more": "arithmetic",
-    "and twice over": "the steps below", "shrinks like 1/T as well": "derived there",
+    "for two reasons": "the steps below",
+    "keeps the pull of the soft labels about level": "the claims above",
+    "does more than balance": "the claim after it",
+    "Only look at whether": "advice", "for the same reason. 2.": "test_exercises",
+    "shrinks like 1/T as well": "derived there",
     "should fall 16-fold": "derived there", "with a tenth and a hundredth": "how it is done",
     "more or less than 16": "a question", "can't be larger than 1": "arithmetic",
     "unlikely classes hardly count": "an explanation",
@@ -593,7 +636,9 @@ NOT_MEASURED = {"README.md": {
     'what "the same" means': "a title",
     "who gets further?": "a question", "to reach a given accuracy?": "a question",
     "better when they are smaller": "a definition", "give the same answer.": "a definition",
-    "has less left to learn": "an explanation", "found the same": "cited",
+    "may have less left to learn": "an explanation",
+    "most of the luck with images": "an explanation",
+    "counts some of the luck twice": "arithmetic", "found the same": "cited",
     "we compare *within* pairs": "how it is done", "If a line rises": "how to read it",
     "tested on the *same images*": "how it was done",
     "when it is larger, is the subject": "what comes",
@@ -606,7 +651,9 @@ NOT_MEASURED = {"README.md": {
     "Are its probabilities better?": "a question",
     "The best of many numbers": "a fact about maxima",
     "divided by T they hardly differ": "arithmetic", "the same probability for every class": "03",
-    "shrinks like 1/T²": "04", "fewer pairs are needed": "arithmetic",
+    "shrinks like 1/T²": "04", "within a factor of about three here": "04",
+    "larger than the usual 1.96": "a table of t", "(08 has more on the last)": "a link",
+    "fewer pairs are needed": "arithmetic",
 }, NOTEBOOK_6: {
     "which setting matters most": "what is learned here",
     "is the best, which is the worst": "a question",
@@ -614,9 +661,12 @@ NOT_MEASURED = {"README.md": {
     "is partly the luckiest": "a fact about maxima", "are *equally* good": "how it is done",
     "how much better than the student": "a question", "not one best cell": "the claims behind it",
     "share one teacher and the same": "how it was done", "*Figure 6.3: the same student": "a title",
-    "| the map | 26 students": "of other data", "the same answers with logits": "a question",
-    "the best cell by test accuracy": "a question", "comes back at T = 2": "test_exercises",
-    "only at alpha = 0": "arithmetic",
+    "| the map | 26 students": "of other data", "logits are twice as large": "a question",
+    "Repeated runs see more": "the claim after it",
+    "In 95 % of the draws": "how it is done", "After twenty the best cell": "says what is open",
+    "with this same setting": "how it was",
+    "the best cell by test accuracy": "a question", "At T = 2, because": "test_exercises",
+    "only at alpha = 0": "arithmetic", "from fading when T grows": "04",
     "The best of many noisy numbers is too good": "test_exercises",
 }, NOTEBOOK_7: {
     "The five worst": "their order is a choice", "Most of these mistakes": "the links beside them",
@@ -632,7 +682,7 @@ NOT_MEASURED = {"README.md": {
     "came out worse than scratch": "cited",
     "is the same, bit for bit": "05 checks it", "knows nothing any more": "the output above",
     "### 18": "a title", "is the best epoch than the last": "a question", "### 19": "a title",
-    "picking wins more": "an explanation", "shows the same with Muon": "06",
+     "shows the same with Muon": "06",
     "reaches what is known": "a test to write",
     "The same logits on both sides (13)": "test_exercises",
     "nearly the statistics of the whole": "test_exercises",
@@ -643,7 +693,6 @@ NOT_MEASURED = {"README.md": {
     "Two students that are equally good": "arithmetic",
     "we never take the spread to be smaller": "a rule",
     "a longer training makes the gain smaller": "a story",
-    "so the gain grows with the training": "a story",
     "the learning rate rises and falls": "test_runs",
     "the same number of epochs": "how it is done", "Left: what they reach": "how to read it",
     "smaller than the true gap": "an explanation", "How large is the gain": "a question",
@@ -653,7 +702,7 @@ NOT_MEASURED = {"README.md": {
     "may be made of something else": "says what is open",
     "(green) the scratch students": "how to read it",
     "that may be luck": "the interval in Figure 8.3", "that became more common": "how to read it",
-    "don't simply say": "the counts before it", "## Are its probabilities better": "a question",
+    "## Are its probabilities better": "a question",
     "know better how sure": "a question", "The answers stay the same": "arithmetic",
     "bins of fewer than 20": "how it is done", "copy it most directly": "an explanation",
     "is it more on the training images": "a question", "The same cell also tells": "how it is done",
@@ -663,4 +712,10 @@ NOT_MEASURED = {"README.md": {
     "better and worse teachers": "what comes", "With a hundred classes": "says what is open",
     "the gain should shrink": "a guess, called so", "It shrinks to": "test_exercises",
     "| smoothed labels | the same": "a definition",
+    "there the t interval of notebook 05 stands": "a rule", "the gain should grow": "a story",
+    "may be memory of the views": "says what is open",
+    "the means differ from the table": "how it is",
+    "and one more control": "what comes",
+    "whether the teacher's time was wasted": "the claim above",
+    "| controls (Figure 8.2) |": "of other data", "| two groups | too much": "of other data",
 }}
