@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib.util
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,8 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import _greetings_held_back, runs, store  # isort: skip  (first: quiet)
+from reference import _greetings_held_back as quiet  # isort: skip  (first: quiet)
+from reference import runs, store
 import kdlib
 import keras
 import numpy as np
@@ -76,7 +78,7 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
 
 def _convert(model, path: Path, settings: dict, class_names) -> None:
     whole, failure = path.with_suffix(".tflite"), None
-    with _greetings_held_back():
+    with quiet():  # converters and runtimes write to stderr from C++
         try:
             model.export(whole, format="litert", verbose=False, **settings)
         except Exception as error:  # the converter has many kinds
@@ -104,7 +106,7 @@ class LiteRT:
 
         path, failure = Path(path), None
         content = path.read_bytes()
-        with _greetings_held_back():
+        with quiet():
             try:
                 with zipfile.ZipFile(path) as attached:
                     content = content[:attached.infolist()[0].header_offset]
@@ -146,7 +148,7 @@ def export_onnx(model, path) -> Path:
             # tf2onnx makes inputs of the file out of tensors that are no variables.
             layer.mean, layer.variance = map(np.asarray, (layer.mean, layer.variance))
     copy(keras.ops.zeros((1, *kdlib._inputs(copy)[0])))  # Keras wants to have seen a call
-    with _greetings_held_back():
+    with quiet():
         copy.export(path, format="onnx", verbose=False)
     return Path(path)
 
@@ -164,7 +166,7 @@ def load_onnx(path):
 
 def export_saved_model(model, path) -> Path:
     """Write a SavedModel: a folder that TensorFlow runs without Keras."""
-    with _greetings_held_back():
+    with quiet():
         model.export(path, format="tf_saved_model", verbose=False)
     return Path(path)
 
@@ -179,6 +181,27 @@ def compiled(model):
     """The Keras model as one graph: a function from raw pixels to logits."""
     graph = tf.function(lambda images: model(images, training=False))
     return lambda images: graph(tf.constant(images, "float32")).numpy()
+
+
+# --- a server: serve.py ---------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def wait_for(port: int, *, seconds: float = 30.0) -> None:
+    """Return as soon as somebody listens there. Raises TimeoutError."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("localhost", port), timeout=1).close()
+        except OSError:
+            require(time.monotonic() < end, f"nobody listens on port {port} after {seconds:g} "
+                    "seconds. Start the server alone and read what it says.", TimeoutError)
+            time.sleep(0.05)
 
 
 # --- what it costs --------------------------------------------------------------------
@@ -289,7 +312,8 @@ def measure(names, *, images: int | None = None, bursts: int = 30, memory: bool 
             weights = runs.REFERENCE / "weights" / f"{name}.keras"
             model = keras.saving.load_model(weights, compile=False)
             want = runs.predict_logits(model, x)
-            for kind, (runtime, path, run) in formats(model, weights, Path(folder), dataset).items():
+            shipped = formats(model, weights, Path(folder), dataset)
+            for kind, (runtime, path, run) in shipped.items():
                 logits = want if kind == "keras" else np.concatenate([run(x[k : k + 1])
                                                                       for k in range(len(x))])
                 runners[name, kind] = run
