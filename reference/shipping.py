@@ -301,10 +301,10 @@ def formats(model, weights: Path, folder: Path, dataset) -> dict[str, tuple]:
     return found
 
 
-def measure(names, *, images: int | None = None, bursts: int = 30, memory: bool = True):
+def measure(names, *, machine: str, images: int | None = None, bursts: int = 30,
+            memory: bool = True):
     """The rows of shipping.csv for these published models, all measured in one run."""
     rows, runners = [], {}
-    machine = store.machine()
     with tempfile.TemporaryDirectory() as folder:
         for name in tqdm(names, desc="export and compare", unit="model"):
             dataset = kdlib.load_dataset(name.partition("-")[0])
@@ -343,9 +343,10 @@ def main(arguments=None) -> None:
     for name in options.name:
         if not (runs.REFERENCE / "weights" / f"{name}.keras").exists():
             parser.error(f"{name!r} is not in reference/weights")
+    machine = store.machine()  # before it counts one thread
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
-    table = measure(options.name)
+    table = measure(options.name, machine=machine)
     store.write_whole(options.out, lambda aside: table.to_csv(aside, index=False))
 
 

@@ -2,7 +2,6 @@
 
 from reference import quantisation, runs, shipping  # isort: skip  (first: keeps TensorFlow quiet)
 import ast
-import json
 import re
 import shutil
 import subprocess
@@ -20,8 +19,8 @@ import pytest
 import tensorflow as tf
 from conftest import ROOT
 from test_distiller import tiny
-from test_exercises import checking_cell, exercises
-from test_notebooks import cells, source
+from test_exercises import checking_cell, do, exercises  # noqa: F401
+from test_notebooks import cells, outputs, source, text_of
 
 SERVE = ROOT / "reference" / "serve.py"
 NOTEBOOK = ROOT / "notebooks" / "10_shipping.ipynb"
@@ -246,7 +245,7 @@ def test_kernels_in_the_file_are_those_that_training_rounds_to(files, student):
     """Of the convolutions before a pooling: with others the converter merges BatchNorm."""
     from ai_edge_litert.interpreter import Interpreter
 
-    runtime = Interpreter(model_path=str(files["int8"]), experimental_preserve_all_tensors=True)
+    runtime = Interpreter(model_path=str(files["int8"]))
     runtime.allocate_tensors()
     found = {}
     for detail in runtime.get_tensor_details():
@@ -262,7 +261,7 @@ def test_kernels_in_the_file_are_those_that_training_rounds_to(files, student):
 
 
 def test_a_rounded_student_answers_like_its_file(files, student, digits):
-    images = digits.x_test[:200]
+    images = digits.x_test
     made = quantisation.make_rounded(student, bits=8, calibration=digits.x_train[:100])
     file = shipping.LiteRT(files["int8"])(images)
     simulated, plain = (runs.predict_logits(model, images) for model in (made, student))
@@ -309,7 +308,7 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, digits):
     few = replace(digits, x_train=digits.x_train[:250], y_train=digits.y_train[:250])
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
     monkeypatch.setattr(kdlib, "load_dataset", lambda name: few)
-    monkeypatch.setattr(quantisation, "ARMS", quantisation.ARMS[:1] + quantisation.ARMS[5:7])
+    monkeypatch.setattr(quantisation, "ARMS", quantisation.ARMS[:1] + quantisation.ARMS[4:6])
     command = ["--dataset", "digits", "--epochs", "1", "--out", str(tmp_path / "rows.csv")]
     quantisation.main([*command, "--seeds", "0"])
     first = pd.read_csv(tmp_path / "rows.csv")
@@ -442,3 +441,90 @@ def test_the_learning_rate_was_chosen_on_validation():
     choice = QUANTISATION[QUANTISATION.seed == 100].set_index("learning_rate").val_accuracy
     assert sorted(choice.index) == sorted(quantisation.RATES)
     assert choice.idxmax() == quantisation.LEARNING_RATE
+
+
+# --- the notebook ---
+
+
+def printed(pattern):
+    found = re.findall(pattern, "".join(map(text_of, outputs(NOTEBOOK))))
+    assert found, f"the notebook does not print {pattern}"
+    return found
+
+
+def kernels(model):
+    return [layer.kernel for layer in model.layers if hasattr(layer, "kernel")]
+
+
+CLAIMS = {
+    "more than ten times in speed and more than twenty in size":
+        lambda: shipped("teacher", "litert-float32").latency_ms > 10 * shipped(
+            "distilled", "litert-int8").latency_ms
+        and shipped("teacher", "litert-float32").kib > 20 * shipped("distilled", "litert-int8").kib,
+    "so their files are equally large and equally fast":
+        lambda: all(shipped("distilled", f"litert-{kind}").kib
+                    == shipped("scratch", f"litert-{kind}").kib
+                    and shipped("distilled", f"litert-{kind}").latency_ms == pytest.approx(
+                        shipped("scratch", f"litert-{kind}").latency_ms, rel=0.05)
+                    for kind in shipping.LITERT),
+    "8 bits are fastest":
+        lambda: max(shipped("distilled", f"litert-{kind}").latency_ms for kind in (
+            "int8", "int8-weights")) < shipped("distilled", "litert-float16").latency_ms / 2,
+    "float16 is no faster than float32 here":
+        lambda: shipped("distilled", "litert-float16").latency_ms > 0.95 * shipped(
+            "distilled", "litert-float32").latency_ms,
+    "Keras and a SavedModel bring TensorFlow along, and that is most of it":
+        lambda: SHIPPING[SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.min()
+        > 5 * SHIPPING[~SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.max(),
+    "The 8-bit files disagree on about one or two images in a hundred":
+        lambda: 0.003 < 1 - shipped("distilled", "litert-int8").agreement < 0.025,
+    "The int8 file is a quarter of the float32 file, several times as fast":
+        lambda: 3 < shipped("distilled", "litert-float32").kib / shipped(
+            "distilled", "litert-int8").kib < 4.5
+        and shipped("distilled", "litert-float32").latency_ms > 2 * shipped(
+            "distilled", "litert-int8").latency_ms,
+    "the first call takes hundreds of times longer than a later one":
+        lambda: float(printed(r"its first call: (\d+) ms")[0]) > 100 * float(
+            printed(r"Keras, compiled +([\d.]+) ms")[0]),
+    "It quantises dense layers": lambda: printed(r"quantised: (.*),")[0] == "['logits']",
+    "360 weights before and after rounding":
+        lambda: kdlib.build_student().get_layer("conv3_1").kernel[..., 0].shape == (3, 3, 40),
+    "With 4 bits there are 15 steps":
+        lambda: len(np.unique(np.round(np.arange(-7, 7.1, 0.01)))) == 15,
+    "**You should see** a student at chance with the random numbers":
+        lambda: float(printed(r"random, 0 to 1 +accuracy ([\d.]+)%")[0]) < 20,
+    "the int8 file has 86,456 kernel weights":
+        lambda: sum(np.prod(k.shape) for k in kernels(kdlib.build_student())) == 86_456,
+    "so about 56 KiB":
+        lambda: shipped("distilled", "litert-int8").kib - 86_456 / 2 / 1024 == pytest.approx(
+            56, abs=1),
+}
+
+
+@pytest.mark.parametrize("sentence", CLAIMS)
+def test_what_the_notebook_says(sentence):
+    prose = " ".join(" ".join(source(cell) for cell in cells(NOTEBOOK, "markdown")).split())
+    assert sentence in prose and CLAIMS[sentence]()
+
+
+def test_rounding_in_the_notebook_is_that_of_training():
+    code = next(source(c) for c in cells(NOTEBOOK, "code") if "def rounded(" in source(c))
+    space = {"np": np}
+    exec(code[:code.index("kernel = ")], space)
+    kernel = np.random.default_rng(0).normal(0, 1, (3, 3, 4, 5)).astype("float32")
+    np.testing.assert_allclose(space["rounded"](kernel, bits=4),
+                               quantisation.rounded(kernel, bits=4), atol=1e-6)
+
+
+def test_an_exercise_that_was_not_done_is_told_so():
+    space = {"sets": {"one training image": np.zeros(1)}}
+    exec(checking_cell("10"), dict(space))
+    with pytest.raises(AssertionError, match="1 images, not 10"):
+        exec(checking_cell("10").replace("DONE = False", "DONE = True"), space)
+
+
+@pytest.mark.slow
+def test_10_2_ten_images_are_nearly_enough(do):  # noqa: F811
+    assert "at most a few tenths of a point" in exercises("10")
+    do("10", {"dataset.x_train[:1]": "dataset.x_train[:10]"}, until="calibrated = {}",
+       check="assert ten > many - 0.01")
