@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -148,7 +149,8 @@ def export_onnx(model, path) -> Path:
             # tf2onnx makes inputs of the file out of tensors that are no variables.
             layer.mean, layer.variance = map(np.asarray, (layer.mean, layer.variance))
     copy(keras.ops.zeros((1, *kdlib._inputs(copy)[0])))  # Keras wants to have seen a call
-    with quiet():
+    with quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of NumPy, about tf2onnx
         copy.export(path, format="onnx", verbose=False)
     return Path(path)
 

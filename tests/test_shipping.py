@@ -483,14 +483,19 @@ CLAIMS = {
             "distilled", "litert-int8").kib < 4.5
         and shipped("distilled", "litert-float32").latency_ms > 2 * shipped(
             "distilled", "litert-int8").latency_ms,
-    "the first call takes hundreds of times longer than a later one":
-        lambda: float(printed(r"its first call: (\d+) ms")[0]) > 100 * float(
+    "the first call takes many times longer than a later one":
+        lambda: float(printed(r"its first call: (\d+) ms")[0]) > 20 * float(
             printed(r"Keras, compiled +([\d.]+) ms")[0]),
     "It quantises dense layers": lambda: printed(r"quantised: (.*),")[0] == "['logits']",
     "360 weights before and after rounding":
         lambda: kdlib.build_student().get_layer("conv3_1").kernel[..., 0].shape == (3, 3, 40),
-    "With 4 bits there are 15 steps":
-        lambda: len(np.unique(np.round(np.arange(-7, 7.1, 0.01)))) == 15,
+    "With 4 bits there are at most 15 steps":
+        lambda: len(np.unique(np.asarray(quantisation.rounded(
+            np.linspace(-1, 1, 999, dtype="float32")[:, None], bits=4)).round(5))) == 15,
+    "on CIFAR-10 all say automobile, by a narrow margin, and are wrong, as Keras is":
+        lambda: printed(r"validation image 1009, a (\w+)") == ["truck"]
+        and len(margins := printed(r"automobile (0\.\d+), truck (0\.\d+);")) == 5
+        and all(0 < float(a) - float(t) < 0.2 for a, t in margins),
     "**You should see** a student at chance with the random numbers":
         lambda: float(printed(r"random, 0 to 1 +accuracy ([\d.]+)%")[0]) < 20,
     "the int8 file has 86,456 kernel weights":
