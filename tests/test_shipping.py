@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tensorflow as tf
-from conftest import ROOT
+from conftest import CIFAR10, ROOT
 from test_distiller import tiny
 from test_exercises import checking_cell, do, exercises  # noqa: F401
 from test_notebooks import cells, outputs, source, text_of
@@ -438,9 +438,8 @@ def test_no_arm_is_missing():
 
 
 def test_the_learning_rate_was_chosen_on_validation():
-    choice = QUANTISATION[QUANTISATION.seed == 100].set_index("learning_rate").val_accuracy
-    assert sorted(choice.index) == sorted(quantisation.RATES)
-    assert choice.idxmax() == quantisation.LEARNING_RATE
+    assert sorted(choice().index) == sorted(quantisation.RATES)
+    assert choice().idxmax() == quantisation.LEARNING_RATE
 
 
 # --- the notebook ---
@@ -456,7 +455,36 @@ def kernels(model):
     return [layer.kernel for layer in model.layers if hasattr(layer, "kernel")]
 
 
+def points(method, bits):
+    """Test accuracy in points against the float student of the same seed."""
+    mine = QUANTISATION[(QUANTISATION.dataset == "cifar10") & (QUANTISATION.seed < 100)]
+    wide = mine.pivot(index="seed", columns=["method", "bits"], values="test_accuracy")
+    return 100 * (wide[method, bits] - wide["float", 32])
+
+
+def choice():
+    return QUANTISATION[QUANTISATION.seed == 100].set_index("learning_rate").val_accuracy
+
+
 CLAIMS = {
+    "Rounding without training loses less than 0.2 points":
+        lambda: points("post-training", 8).min() > -0.2,
+    "One more epoch changes as little, rounded or not":
+        lambda: max(points("aware-distilled", 8).abs().max(),
+                    points("float-distilled", 32).abs().max()) < 0.25,
+    "At 4 bits, rounding alone costs about thirteen points":
+        lambda: points("post-training", 4).mean() == pytest.approx(-13, abs=0.7),
+    "One epoch wins back all but about one":
+        lambda: points("aware-distilled", 4).mean() == pytest.approx(-1, abs=0.4)
+        and set(QUANTISATION[QUANTISATION.alpha.notna()].epochs) == {1},
+    "it wins back more than with hard labels, in each of the three seeds":
+        lambda: len(points("aware-labels", 4)) == 3
+        and (points("aware-distilled", 4) > points("aware-labels", 4)).all(),
+    "Rounding to 4 bits costs about thirteen points, and one epoch of quantisation-aware "
+    "distillation wins nearly all of them back":
+        lambda: points("aware-distilled", 4).min() > points("post-training", 4).max() / 10,
+    "among three, and the smallest of them won":
+        lambda: len(choice()) == 3 and choice().idxmax() == choice().index.min(),
     "more than ten times in speed and more than twenty in size":
         lambda: shipped("teacher", "litert-float32").latency_ms > 10 * shipped(
             "distilled", "litert-int8").latency_ms
@@ -526,6 +554,22 @@ def test_an_exercise_that_was_not_done_is_told_so():
     exec(checking_cell("10"), dict(space))
     with pytest.raises(AssertionError, match="1 images, not 10"):
         exec(checking_cell("10").replace("DONE = False", "DONE = True"), space)
+
+
+@pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
+def test_10_2_ten_images_agree_more_often(tmp_path):
+    assert "On CIFAR-10 their file even agrees with Keras more often" in exercises("10")
+    dataset, student = (kdlib.load_dataset("cifar10"),
+                        quantisation.published("cifar10-distilled-seed0"))
+    images, agreement = dataset.x_test[:1000], []
+    want = runs.predict_logits(student, images)
+    for count in (10, 200):
+        path = shipping.export(student, tmp_path / f"{count}.tflite", kind="int8",
+                               class_names=dataset.class_names,
+                               calibration=dataset.x_train[:count])
+        got = shipping.LiteRT(path)(images)
+        agreement.append(np.mean(got.argmax(-1) == want.argmax(-1)))
+    assert agreement[0] > agreement[1]
 
 
 @pytest.mark.slow
