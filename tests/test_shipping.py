@@ -467,22 +467,23 @@ def choice():
 
 
 CLAIMS = {
-    "Rounding without training loses less than 0.2 points":
-        lambda: points("post-training", 8).min() > -0.2,
+    "Rounding without training loses less than 0.3 points":
+        lambda: -0.3 < points("post-training", 8).min() < -0.2,
     "One more epoch changes as little, rounded or not":
         lambda: max(points("aware-distilled", 8).abs().max(),
                     points("float-distilled", 32).abs().max()) < 0.25,
-    "At 4 bits, rounding alone costs about thirteen points":
-        lambda: points("post-training", 4).mean() == pytest.approx(-13, abs=0.7),
+    "At 4 bits, rounding alone costs between 4 and 14 points: students that were equally good":
+        lambda: points("post-training", 4).between(-14, -4).all()
+        and np.ptp(points("post-training", 4)) > 5,
     "One epoch wins back all but about one":
         lambda: points("aware-distilled", 4).mean() == pytest.approx(-1, abs=0.4)
         and set(QUANTISATION[QUANTISATION.alpha.notna()].epochs) == {1},
     "it wins back more than with hard labels, in each of the three seeds":
         lambda: len(points("aware-labels", 4)) == 3
         and (points("aware-distilled", 4) > points("aware-labels", 4)).all(),
-    "Rounding to 4 bits costs about thirteen points, and one epoch of quantisation-aware "
-    "distillation wins nearly all of them back":
-        lambda: points("aware-distilled", 4).min() > points("post-training", 4).max() / 10,
+    "Rounding to 4 bits costs between 4 and 14 points, and one epoch of quantisation-aware "
+    "distillation wins most of them back":
+        lambda: (points("aware-distilled", 4) > points("post-training", 4) / 2).all(),
     "among three, and the smallest of them won":
         lambda: len(choice()) == 3 and choice().idxmax() == choice().index.min(),
     "more than ten times in speed and more than twenty in size":
