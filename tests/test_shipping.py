@@ -515,7 +515,7 @@ CLAIMS = {
     "the first call takes many times longer than a later one":
         lambda: float(printed(r"its first call: (\d+) ms")[0]) > 20 * float(
             printed(r"Keras, compiled +([\d.]+) ms")[0]),
-    "It quantises dense layers": lambda: printed(r"quantised: (.*),")[0] == "['logits']",
+    "It quantises dense layers": lambda: printed(r"quantised: (\[.*?\]),")[0] == "['logits']",
     "360 weights before and after rounding":
         lambda: kdlib.build_student().get_layer("conv3_1").kernel[..., 0].shape == (3, 3, 40),
     "With 4 bits there are at most 15 steps":
