@@ -3,6 +3,7 @@
     python reference/experiments.py --list          what there is, what is missing, how long
     python reference/experiments.py                 make everything that is missing
     python reference/experiments.py scratch best    make these experiments only
+    python reference/experiments.py --workers 2     two at a time; see cluster.py
 
 Interrupt it whenever you like: it goes on after the last whole epoch. PROTOCOL.md says what
 each group of rows was made for, before it was made.
@@ -368,14 +369,18 @@ class Maker:
                 return each, int(seed)
         raise ValueError(f"no experiment makes the run {name!r} of {dataset}")
 
+    def teacher(self, each: Experiment, seed: int, **more):
+        """The model that teaches a run, made of several if its signal says so."""
+        if each.teacher is None:
+            return None
+        teachers = [self.make(*self.find(each.dataset, name), **more).model
+                    for name in each.teachers(seed)]
+        return SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
+
     def settings(self, each: Experiment, seed: int, **more) -> dict:
         """What train_or_load needs, its teacher included."""
-        data, teacher, answers = self.data(each.dataset), None, None
-        recipe = each.full_recipe()
-        if each.teacher is not None:
-            teachers = [self.make(*self.find(each.dataset, name), **more).model
-                        for name in each.teachers(seed)]
-            teacher = SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
+        data, answers, recipe = self.data(each.dataset), None, each.full_recipe()
+        teacher = self.teacher(each, seed, **more)
         if each.control:
             change = CONTROLS[each.control]
             answers = [change(logits, data.y_train, each.temperature)
@@ -390,6 +395,15 @@ class Maker:
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         return runs.train_or_load(**self.settings(each, seed, **more), **more)
+
+
+def run_of(stem: str) -> tuple[Experiment, int]:
+    """The experiment and seed behind the name of a run's files."""
+    for each in EXPERIMENTS:
+        for seed in each.seeds:
+            if each.stem(seed) == stem:
+                return each, seed
+    raise ValueError(f"no experiment makes {stem!r}; --list shows what there is")
 
 
 def notes_of(each: Experiment, seed: int) -> dict | None:
@@ -557,6 +571,10 @@ def main(arguments=None) -> None:
     parser.add_argument("name", nargs="*", help="methods to make; all by default")
     parser.add_argument("--list", action="store_true", help="say what is missing, and how long")
     parser.add_argument("--dataset", choices=("cifar10", "digits"), help="this dataset only")
+    parser.add_argument("--workers", type=int, help="so many trainings at a time, with Ray")
+    parser.add_argument("--cores", type=int, help="threads of one training; all by default, or "
+                        "1 with --workers")
+    parser.add_argument("--address", help="of a running Ray cluster; by default one is started")
     parser.add_argument("--restamp", action="store_true", help="after a refactoring: see restamp()")
     options = parser.parse_args(arguments)
     if options.restamp:
@@ -571,9 +589,16 @@ def main(arguments=None) -> None:
     if options.list:
         list_experiments(chosen)
         return
+    from reference import cluster  # it needs this file
+    cluster.limit_threads(options.cores if not options.workers else None)
     estimate, todo, maker = seconds_per_epoch(), missing(chosen), Maker()
     total = sum(estimate(each) * each.full_recipe().epochs for each, _ in todo)
-    with tqdm(total=round(total), unit="s", unit_scale=True, smoothing=0.05) as bar:
+    with tqdm(total=total, unit="s", unit_scale=True, smoothing=0.05) as bar:
+        if options.workers is not None:
+            cluster.make([each.stem(seed) for each, seed in todo], workers=options.workers,
+                         cores=options.cores or 1, address=options.address, bar=bar,
+                         publish=publish)
+            return
         for each, seed in todo:
             progress = Progress(bar, each.stem(seed), estimate(each))
             publish(maker.make(each, seed, callbacks=[progress]), each)
