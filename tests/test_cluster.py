@@ -1,6 +1,7 @@
 """Many trainings at once: rows of a cluster equal those of one process, whatever dies."""
 
 from reference import cluster, experiments, store  # isort: skip  (keeps TensorFlow quiet)
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -61,8 +62,11 @@ def wait_for(condition, process, seconds=400):
 
 def workers(process, stem):
     """The processes of a driver that train this run now."""
-    family = psutil.Process(process.pid).children(recursive=True)
-    return [each for each in family if stem in " ".join(each.cmdline())]
+    found = []
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have just ended
+            found += [each] if stem in " ".join(each.cmdline()) else []
+    return found
 
 
 def under_way(folder, stem):
