@@ -67,7 +67,9 @@ class Search:
         # would have, and does not draw its first numbers once more.
         study.sampler = optuna.samplers.TPESampler(seed=SEED + len(study.trials),
                                                    n_startup_trials=self.random_trials)
-        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=self.random_trials)
+        # Not before half of the epochs: at first all are near chance, and the median is luck.
+        study.pruner = optuna.pruners.MedianPruner(n_startup_trials=self.random_trials,
+                                                   n_warmup_steps=self.recipe.epochs // 2)
         return study
 
 
