@@ -338,7 +338,8 @@ def check_images(role: str, model, images):
 
 def _are_raw(model, images):
     """Whether images, also in a graph, have the scale that the model's own layers expect."""
-    raw = any((isinstance(layer, layers.Normalization) and np.max(layer.mean) > 1)
+    raw = any((isinstance(layer, layers.Normalization)
+               and np.max(ops.convert_to_numpy(layer.mean)) > 1)  # a number, also in JAX's trace
               or (isinstance(layer, layers.Rescaling) and np.max(layer.scale) < 0.1)
               for layer in getattr(model, "layers", ()))
     if not raw or "float" not in str(getattr(images, "dtype", "")) or 0 in images.shape:

@@ -3,6 +3,7 @@
     python reference/experiments.py --list          what there is, what is missing, how long
     python reference/experiments.py                 make everything that is missing
     python reference/experiments.py scratch best    make these experiments only
+    python reference/experiments.py --workers 2     two at a time; see cluster.py
 
 Interrupt it whenever you like: it goes on after the last whole epoch. PROTOCOL.md announces the
 rows of _recipe_choice and _evidence, before they are made.
@@ -83,7 +84,25 @@ def shuffled(logits, labels, temperature: float):
     return mixed
 
 
+def top(logits, labels, temperature: float, *, k: int):
+    """The teacher's k likeliest classes keep their softened probability.
+
+    The rest is spread evenly over the others. What is stored for an image: k class numbers and
+    k probabilities. Source: Shen and Xing 2022 (marginal smoothing).
+    """
+    classes = logits.shape[-1]
+    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+    kept = np.argsort(-soft, axis=-1)[:, :k]
+    probabilities = np.take_along_axis(soft, kept, -1)
+    rest = np.clip(1 - probabilities.sum(-1, keepdims=True), 1e-12, None) / (classes - k)
+    known = np.tile(rest, (1, classes))
+    np.put_along_axis(known, kept, np.clip(probabilities, 1e-12, None), -1)
+    return temperature * np.log(known)
+
+
+TOP = (1, 2, 3, 5)
 CONTROLS = {function.__name__: function for function in (smoothed, evened, shuffled)}
+CONTROLS |= {f"top{k}": functools.partial(top, k=k) for k in TOP}
 
 
 def few_labels(dataset, percent: float, *, hide: bool):
@@ -342,8 +361,16 @@ def _evidence() -> list[Experiment]:
     return table
 
 
+def _many_machines() -> list[Experiment]:
+    """Notebook 11: answers of which only the likeliest classes were stored."""
+    one = "teacher-seed0"
+    return [Experiment(f"distilled-{epochs}-epochs-top{k}", TRIPLE, dataset=dataset, teacher=one,
+                       control=f"top{k}", recipe={"epochs": epochs})
+            for dataset, epochs in (("cifar10", 5), ("digits", 7)) for k in TOP]
+
+
 PUBLISHED = _published()  # what the notebooks show
-PLANNED = _recipe_choice() + _evidence()
+PLANNED = _recipe_choice() + _evidence() + _many_machines()
 EXPERIMENTS = PUBLISHED + PLANNED
 
 # --- making rows ----------------------------------------------------------------------
@@ -369,14 +396,18 @@ class Maker:
                 return each, int(seed)
         raise ValueError(f"no experiment makes the run {name!r} of {dataset}")
 
+    def teacher(self, each: Experiment, seed: int, **more):
+        """The model that teaches a run, made of several if its signal says so."""
+        if each.teacher is None:
+            return None
+        teachers = [self.make(*self.find(each.dataset, name), **more).model
+                    for name in each.teachers(seed)]
+        return SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
+
     def settings(self, each: Experiment, seed: int, **more) -> dict:
         """What train_or_load needs, its teacher included."""
-        data, teacher, answers = self.data(each.dataset), None, None
-        recipe = each.full_recipe()
-        if each.teacher is not None:
-            teachers = [self.make(*self.find(each.dataset, name), **more).model
-                        for name in each.teachers(seed)]
-            teacher = SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
+        data, answers, recipe = self.data(each.dataset), None, each.full_recipe()
+        teacher = self.teacher(each, seed, **more)
         if each.control:
             change = CONTROLS[each.control]
             answers = [change(logits, data.y_train, each.temperature)
@@ -391,6 +422,15 @@ class Maker:
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         return runs.train_or_load(**self.settings(each, seed, **more), **more)
+
+
+def run_of(stem: str) -> tuple[Experiment, int]:
+    """The experiment and seed behind the name of a run's files."""
+    for each in EXPERIMENTS:
+        for seed in each.seeds:
+            if each.stem(seed) == stem:
+                return each, seed
+    raise ValueError(f"no experiment makes {stem!r}; --list shows what there is")
 
 
 def notes_of(each: Experiment, seed: int) -> dict | None:
@@ -584,6 +624,10 @@ def main(arguments=None) -> None:
     parser.add_argument("name", nargs="*", help="methods to make; all by default")
     parser.add_argument("--list", action="store_true", help="say what is missing, and how long")
     parser.add_argument("--dataset", choices=("cifar10", "digits"), help="this dataset only")
+    parser.add_argument("--workers", type=int, help="so many trainings at a time, with Ray")
+    parser.add_argument("--cores", type=int, help="threads of one training; all by default, or "
+                        "1 with --workers")
+    parser.add_argument("--address", help="of a running Ray cluster; by default one is started")
     parser.add_argument("--restamp", action="store_true", help="after a refactoring: see restamp()")
     options = parser.parse_args(arguments)
     if options.restamp:
@@ -598,9 +642,16 @@ def main(arguments=None) -> None:
     if options.list:
         list_experiments(chosen)
         return
+    from reference import cluster  # it needs this file
+    cluster.limit_threads(options.cores if not options.workers else None)
     estimate, todo, maker = seconds_per_epoch(), missing(chosen), Maker()
     total = sum(estimate(each) * each.full_recipe().epochs for each, _ in todo)
-    with tqdm(total=round(total), unit="s", unit_scale=True, smoothing=0.05) as bar:
+    with tqdm(total=total, unit="s", unit_scale=True, smoothing=0.05) as bar:
+        if options.workers is not None:
+            cluster.make([each.stem(seed) for each, seed in todo], workers=options.workers,
+                         cores=options.cores or 1, address=options.address, bar=bar,
+                         publish=publish)
+            return
         for each, seed in todo:
             progress = Progress(bar, each.stem(seed), estimate(each))
             publish(maker.make(each, seed, callbacks=[progress]), each)

@@ -178,7 +178,8 @@ class Task:
                 with recipes.fused_norm(self.model):
                     trainer.fit(batches, initial_epoch=keeper.epoch, epochs=self.recipe.epochs,
                                 shuffle=False, verbose=0, validation_data=validation,
-                                validation_batch_size=500, callbacks=[keeper, *(callbacks or bar)])
+                                validation_batch_size=batch_size(self.dataset.x_val),
+                                callbacks=[keeper, *(callbacks or bar)])
         finally:
             for own in bar:
                 own.on_train_end()
@@ -290,10 +291,20 @@ def _load(notes: Path, weights: Path, task: Task) -> Run | None:
 # --- the teacher's answers ------------------------------------------------------------
 
 
-def predict_logits(model, images: np.ndarray, *, role: str = "model") -> np.ndarray:
-    """Logits of many images, in batches: float32 (N, classes)."""
+def batch_size(images) -> int:
+    """500 images of 32 x 32, fewer of larger ones: a batch that fits into memory."""
+    return max(1, min(500, 500 * 32 * 32 // int(np.prod(images.shape[1:3]))))
+
+
+def predict_logits(model, images: np.ndarray, *, role: str = "model", codes=None) -> np.ndarray:
+    """Logits of many images, perhaps seen through codes: float32 (N, classes)."""
     kdlib.check_images(role, model, images)
-    return np.asarray(model.predict(images, batch_size=500, verbose=0), "float32")
+    size, parts = batch_size(images), []
+    for k in range(0, len(images), 20 * size):  # no more than these are copied
+        some = images[k : k + 20 * size]
+        some = some if codes is None else kdlib.augment(some, codes[k : k + 20 * size])
+        parts.append(model.predict(some, batch_size=size, verbose=0))
+    return np.concatenate(parts).astype("float32", copy=False)
 
 
 def teacher_answers(teacher, dataset, recipe: Recipe) -> list[np.ndarray]:
@@ -318,8 +329,8 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
                                  flip=recipe.flip)[part]
 
     def ask(which):
-        return predict_logits(teacher, images[which] if codes is None
-                              else kdlib.augment(images[which], codes[which]), role="teacher")
+        return predict_logits(teacher, images[which], role="teacher",
+                              codes=None if codes is None else codes[which])
 
     key = store.digest(VIEW_CODE, images,
                        store.model_digest(teacher))

@@ -6,7 +6,6 @@ import ast
 import contextlib
 import hashlib
 import inspect
-import io
 import json
 import os
 import platform
@@ -35,7 +34,7 @@ def digest(*parts) -> str:
     for part in parts:
         if isinstance(part, np.ndarray):
             found.update(f"{part.dtype}{part.shape}".encode())
-            found.update(np.ascontiguousarray(part).tobytes())
+            found.update(np.ascontiguousarray(part).reshape(-1).view("uint8"))  # no copy
         else:
             found.update(text(part).encode())
     return found.hexdigest()
@@ -122,17 +121,24 @@ def write_whole(path: Path, write) -> None:
 
 def write_array(path: Path, array: np.ndarray) -> None:
     """A .npy file with its SHA-256 behind it, which NumPy does not read."""
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    content = buffer.getvalue()
-    write_whole(path, lambda aside: aside.write_bytes(content + hashlib.sha256(content).digest()))
+    def write(aside):
+        with open(aside, "wb+") as file:
+            np.save(file, array)
+            file.seek(0)
+            file.write(hashlib.file_digest(file, "sha256").digest())  # it has read to the end
+
+    write_whole(path, write)
 
 
 def read_array(path: Path) -> np.ndarray | None:
-    """The array, or None with a warning where a bit of it changed."""
-    content = path.read_bytes()
-    if hashlib.sha256(content[:-32]).digest() == content[-32:]:
-        return np.load(io.BytesIO(content), allow_pickle=False)
+    """The array, left on the disk; or None with a warning where a bit of it changed."""
+    found, left = hashlib.sha256(), path.stat().st_size - 32
+    with open(path, "rb") as file:
+        while left > 0:
+            left -= len(part := file.read(min(left, 1 << 24)))
+            found.update(part)
+        if found.digest() == file.read():
+            return np.load(path, mmap_mode="r", allow_pickle=False)
     warnings.warn(f"{path.name} in {path.parent.name} is damaged: it is made again.", stacklevel=2)
 
 

@@ -872,7 +872,8 @@ from keras import layers
 def net(width, seed, regularizer=None):
     keras.utils.set_random_seed(seed)
     inputs = keras.Input((8,))
-    hidden = layers.BatchNormalization()(layers.Dense(width, "relu")(inputs))
+    hidden = layers.Normalization(mean=2.0, variance=1.0)(inputs)
+    hidden = layers.BatchNormalization()(layers.Dense(width, "relu")(hidden))
     return keras.Model(inputs, layers.Dense(3, kernel_regularizer=regularizer)(hidden))
 def trained(x, y, teacher, alpha=0.1, regularizer=None):
     student = net(4, 1, regularizer)

@@ -253,6 +253,17 @@ def answers_of(teacher, data, change=lambda logits: logits):
     return [change(logits) for logits in runs.teacher_answers(teacher, data, RECIPE)]
 
 
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 9])
+def test_top_answers_keep_the_likeliest_and_share_out_the_rest(k):
+    logits = np.random.default_rng(0).normal(0, 5, (50, 10)).astype("float32")
+    soft = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
+    known = scipy.special.softmax(experiments.top(logits, None, 4.0, k=k) / 4, axis=-1)
+    for row, want in zip(known, soft, strict=True):
+        best = sorted(range(10), key=lambda c: -want[c])
+        np.testing.assert_allclose(row[best[:k]], want[best[:k]], rtol=1e-9)
+        np.testing.assert_allclose(row[best[k:]], want[best[k:]].mean(), rtol=1e-9)
+
+
 def test_a_mirrored_teacher_is_the_mean_of_two_answers(data):
     teacher = tiny()
     logits = [teacher.predict(images, verbose=0) for images in
@@ -622,7 +633,7 @@ def test_a_teacher_whose_code_changed_is_asked_again(data, monkeypatch):
 @pytest.mark.parametrize("damaged", [lambda c: c[:-5], lambda c: c[:200] + b"x" + c[201:]])
 def test_damaged_answers_are_made_again(data, folder, damaged):
     teacher = tiny(8)
-    first = runs.stored_answers(teacher, data, "val")
+    first = np.array(runs.stored_answers(teacher, data, "val"))  # not the file that is damaged
     (path,) = folder.glob("answers-*/val.npy")
     path.write_bytes(damaged(path.read_bytes()))
     with pytest.warns(UserWarning, match="val.npy in answers-.* is damaged"):

@@ -1,0 +1,159 @@
+"""Many trainings at once: rows of a cluster equal those of one process, whatever dies."""
+
+from reference import cluster, experiments, store  # isort: skip  (keeps TensorFlow quiet)
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+METHODS = "scratch-3-epochs", "distilled-3-epochs"
+STEMS = [f"digits-{method}-seed{seed}" for method in METHODS for seed in (0, 1)]
+needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason=cluster.EXTRA)
+
+
+def project(folder):
+    """A copy of the project in which the rows of METHODS are missing."""
+    shutil.copytree(ROOT / "reference", folder / "reference",
+                    ignore=shutil.ignore_patterns("cifar10-*", "__pycache__"))
+    shutil.copy(ROOT / "kdlib.py", folder)
+    for stem in STEMS:
+        (folder / "reference" / "rows" / f"{stem}.json").unlink()
+    return folder
+
+
+def start(folder, *options):
+    """The command, on a copy of the project, one thread a training."""
+    command = [sys.executable, "reference/experiments.py", "--dataset", "digits", "--cores", "1",
+               *METHODS, *options]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, env={**os.environ, "KD_RUNS_DIR": str(folder / "runs")})
+
+
+def finish(process):
+    error = process.communicate(timeout=500)[1]
+    assert process.returncode == 0, error[-3000:]
+
+
+def result(folder, stem):
+    """Row (but for the seconds), history (also), and digest of the weights."""
+    notes = store.read_notes(folder / "reference" / "rows" / f"{stem}.json")
+    for part in ("row", "history"):
+        notes[part].pop("seconds")
+    return notes["row"], notes["history"], notes["weights"], notes["spec"]
+
+
+def wait_for(condition, process, seconds=400):
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert process.poll() is None, process.stderr.read()[-3000:]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.02)
+    return found
+
+
+def workers(process, stem):
+    """The processes of a driver that train this run now."""
+    found = []
+    for each in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):  # it may have just ended
+            found += [each] if stem in " ".join(each.cmdline()) else []
+    return found
+
+
+def under_way(folder, stem):
+    """The run's first epoch is kept, the second is not."""
+    states = [path.name for path in folder.glob(f"runs/{stem}-*/state-?.npz")]
+    return states == ["state-1.npz"]
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_killed_worker_changes_no_bit(tmp_path):
+    """Two workers against one process; one of each method dies in its second epoch."""
+    one, many = project(tmp_path / "one"), project(tmp_path / "many")
+    finish(start(one))
+    process = start(many, "--workers", "2")
+    killed = set()
+    for stem in (STEMS[0], STEMS[2]):
+        wait_for(lambda stem=stem: under_way(many, stem), process)
+        for worker in workers(process, stem):
+            os.kill(worker.pid, signal.SIGKILL)
+            killed.add(stem)
+        assert not list(many.glob(f"runs/{stem}-*/model.json"))
+    finish(process)
+    assert len(killed) == 2
+    for stem in STEMS:
+        assert result(one, stem) == result(many, stem)
+    tables = [(folder / "reference" / "results.csv").read_text() for folder in (one, many)]
+    assert len(tables[0].splitlines()) == len(tables[1].splitlines())
+    asked = [sorted(path.name for path in folder.glob("runs/answers-*/*"))
+             for folder in (one, many)]
+    assert asked[0] == asked[1]
+    assert not list(many.glob("runs/cluster-*"))
+
+
+@needs_ray
+@pytest.mark.slow
+def test_after_an_interrupt_it_goes_on(tmp_path):
+    folder = project(tmp_path / "it")
+    process = start(folder, "--workers", "2")
+    wait_for(lambda: under_way(folder, STEMS[0]), process)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    family = [each for each in psutil.process_iter(["cmdline"])
+              if str(folder) in " ".join(each.info["cmdline"] or [])]
+    assert not family
+    state = max(folder.glob(f"runs/{STEMS[0]}-*/state-?.npz"))
+    written = state.stat().st_mtime_ns
+    process = start(folder, "--workers", "2")
+    wait_for(lambda: workers(process, STEMS[0]), process)
+    assert state.stat().st_mtime_ns == written
+    finish(process)
+    notes = store.read_notes(folder / "reference" / "rows" / f"{STEMS[0]}.json")
+    assert len(notes["history"]["loss"]) == 3
+
+
+def test_without_ray_it_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.setattr(experiments, "missing", lambda chosen: [])
+    with pytest.raises(SystemExit, match="pip install -r reference/requirements-cluster.txt"):
+        experiments.main(["--workers", "2"])
+
+
+def test_a_worker_that_sees_another_folder_says_so(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "here"))
+    with cluster.shared_folder() as sign:
+        cluster.ready(sign, cores=0)
+        elsewhere = tmp_path / "there" / sign.name
+        with pytest.raises(FileNotFoundError, match="is not the driver's runs folder"):
+            cluster.ready(elsewhere, cores=0)
+    assert not sign.exists()
+
+
+def test_the_plan_asks_a_teacher_once_and_first():
+    stems = [stem for stem in STEMS if "distilled" in stem]
+    jobs = cluster.plan(stems)
+    assert list(jobs)[0] == "digits-teacher-seed0"
+    asked = [job.part for job in jobs.values() if job.part is not None]
+    assert asked == ["val", "test", 0, 1, 2]
+    order = list(jobs)
+    for name, job in jobs.items():
+        assert all(order.index(need) < order.index(name) for need in job.needs)
+
+
+def test_every_run_of_the_table_has_a_name_of_its_own():
+    stems = [each.stem(seed) for each in experiments.EXPERIMENTS for seed in each.seeds]
+    assert len(stems) == len(set(stems))
+    for stem in stems[::17]:
+        each, seed = experiments.run_of(stem)
+        assert each.stem(seed) == stem
