@@ -7,14 +7,12 @@ it says so). Feature maps are (batch, height, width, channels), vectors (batch, 
 its gradient is 0, not 0 / 0. "RepDistiller" is github.com/HobbitLong/RepDistiller.
 """
 
-import inspect
 import math
 
 import kdlib
-import keras
 import numpy as np
 from kdlib import require
-from keras import layers, ops
+from keras import ops
 
 # --- what the losses share ------------------------------------------------------------
 
@@ -45,7 +43,7 @@ def _pool(maps, size):
     for axis, new, rule in zip((1, 2), size, ("bhwc,ih->biwc", "bhwc,iw->bhic"), strict=True):
         old, k = maps.shape[axis], np.arange(maps.shape[axis])
         ends = [(i * old // new, -(-(i + 1) * old // new)) for i in range(new)]
-        weights = [((a <= k) & (k < b)) / (b - a) for a, b in ends]
+        weights = np.array([((a <= k) & (k < b)) / (b - a) for a, b in ends])
         maps = maps if new == old else ops.einsum(rule, maps, ops.cast(weights, maps.dtype))
     return maps
 

@@ -97,7 +97,8 @@ for key, loss in cases(file).items():
         gradients = [leaf.grad.numpy() for leaf in leaves]
     else:
         import jax
-        value, gradients = jax.jit(jax.value_and_grad(total))([jax.numpy.asarray(s) for s in student])
+        leaves = [jax.numpy.asarray(s) for s in student]
+        value, gradients = jax.jit(jax.value_and_grad(total))(leaves)
     answers[key] = [float(value), [np.asarray(g).tolist() for g in gradients]]
 print(json.dumps([name, answers]))
 """
