@@ -22,7 +22,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -155,6 +155,9 @@ class Experiment:
     labels: float = 100.0  # per cent of the training labels that are known
     wrong: float = 0.0  # per cent of the training labels that are wrong
     build: Callable | None = None
+    loss: str | None = None  # one more loss: a name in features.METHODS
+    factor: float | None = None  # times its authors' weight; None: as chosen on validation
+    place: str | None = None  # which layers it compares: a name in PLACES; None: the method's own
     weights: bool = False  # publish the trained model, not only its row
     choice: bool = False  # only for choosing on validation: the test set is not looked at
 
@@ -173,6 +176,15 @@ class Experiment:
     def taught_by(self, seed: int) -> str | None:
         """What the column teacher of results.csv says."""
         return "+".join([*self.teachers(seed), *([self.signal] if self.signal else [])]) or None
+
+    def trainer(self) -> features.Trainer | None:
+        """What fits the student where there is one more loss."""
+        if self.loss is None:
+            return None
+        method = features.METHODS[self.loss]
+        factor = chosen_factor(self) if self.factor is None else self.factor
+        student, teacher = PLACES[self.place or method.where]
+        return features.Trainer(self.loss, factor * method.weight, student, teacher)
 
     def full_recipe(self) -> runs.Recipe:
         return replace(runs.recipe_for(_Name(self.dataset), self.method), **self.recipe)
@@ -341,8 +353,125 @@ def _evidence() -> list[Experiment]:
     return table
 
 
+# --- other methods, other architectures ------------------------------------------------
+
+# Of the published student and teacher: the layers that a method compares. As in RepDistiller, but
+# without its first stage, which this student does not have.
+PLACES = {
+    "hint": (("relu2_2",), ("relu2_2",)),
+    "stages": (("relu1_1", "relu2_2", "relu3_2"), ("relu1_2", "relu2_2", "relu4_1")),
+    "before": (("norm1_1", "norm2_2", "norm3_2"), ("norm1_2", "norm2_2", "norm4_1")),
+    "last map": (("relu3_2",), ("relu4_1",)),
+    "vector": (("pool3",), ("pool4",)),
+    "logits": ((), ()),
+    "misplaced": (("relu1_1",), ("relu4_1",)),  # the student's first stage, the teacher's last
+}
+FACTORS = (1.0, 0.1, 10.0)  # three trials for each method: its authors' weight, less and more
+TAUGHT = ("fitnet", "at", "rkd", "dkd")  # in notebook 09
+
+
+def _trial(loss: str, alpha: float, factor: float) -> Experiment:
+    kd = "-kd" if alpha < 1 else ""
+    return Experiment(f"distilled-5-epochs-{loss}{kd}-x{factor:g}", (100,), loss=loss, alpha=alpha,
+                      teacher="teacher-seed0", factor=factor, recipe=FIVE, choice=True)
+
+
+def chosen_factor(each: Experiment) -> float:
+    """The factor of the best trial on validation. Between equals, the authors' own weight."""
+    found = {}
+    for factor in FACTORS:
+        trial = _trial(each.loss, each.alpha, factor)
+        path = runs.REFERENCE / "rows" / f"{trial.stem(100)}.json"
+        kdlib.require(path.exists(), f"the trial {trial.method} of {each.method} is missing. Make "
+                      f"it first: python reference/experiments.py {trial.method}")
+        found[factor] = store.read_notes(path)["row"]["val_accuracy"]
+    return max(FACTORS, key=found.get)
+
+
+def _methods() -> list[Experiment]:
+    """Part I of PROTOCOL.md: the trials, then each method with its chosen weight, five pairs.
+
+    alpha = 1: hard labels and the method alone. -kd: hard and soft labels as ever, and the method.
+    A loss on logits takes the place of the soft labels, so it has no -kd.
+    """
+    one, table = "teacher-seed0", []
+    variants = [(loss, alpha) for loss, method in features.METHODS.items()
+                for alpha in ((1.0,) if method.where == "logits" else (1.0, 0.1))]
+    table += [_trial(*variant, factor) for variant in variants for factor in FACTORS]
+    for loss, alpha in variants:
+        name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
+        each = Experiment(name, PAIRS, teacher=one, loss=loss, alpha=alpha)
+        if alpha == 1 and loss in TAUGHT:
+            table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
+        else:
+            table.append(each)
+        table.append(replace(each, dataset="digits", seeds=(0,), factor=1.0, recipe={"epochs": 3}))
+    harm = Experiment("distilled-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet", alpha=1.0,
+                      factor=10.0, place="misplaced")
+    return table + [harm, replace(harm, dataset="digits", recipe={"epochs": 3})]
+
+
+def residual_student(num_classes: int = 10) -> keras.Model:
+    """At most 90,000 parameters, with two residual pairs."""
+    return _student("residual_student", _residual_body, num_classes)
+
+
+def separable_student(num_classes: int = 10) -> keras.Model:
+    """At most 90,000 parameters: depthwise 3x3, then 1x1 (Howard et al. 2017, section 3.1)."""
+    return _student("separable_student", _separable_body, num_classes)
+
+
+def _student(name: str, body: Callable, num_classes: int) -> keras.Model:
+    pixels = keras.Input((32, 32, 3), name="pixels")
+    variance = [std**2 for std in kdlib.PIXEL_STD]
+    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
+    x = layers.GlobalMaxPooling2D(name="pool")(body(x))
+    return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
+
+
+def _unit(x, width: int, *, kernel: int = 3, pool: bool = False):
+    x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
+    x = layers.MaxPooling2D()(x) if pool else x
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+
+def _residual_body(x):
+    # No convolution of 1x1 with a stride: see TensorFlow on AVX-512 with few channels.
+    x = _unit(x, 24, pool=True)
+    for width, pool in ((32, False), (48, True)):
+        x = _unit(x, width, pool=pool)
+        x = layers.Add()([x, _unit(_unit(x, width), width)])
+    return x
+
+
+def _separable_body(x):
+    x = _unit(x, 32, pool=True)
+    for width, pool in ((64, False), (128, True), (128, False), (192, False), (128, False)):
+        x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+        x = _unit(x, width, kernel=1, pool=pool)
+    return x
+
+
+STUDENTS = {"vgg": None, "residual": residual_student, "separable": separable_student}
+TEACHERS = {"vgg": "teacher-seed0", "residual": "teacher-residual-seed0"}
+
+
+def _architectures() -> list[Experiment]:
+    """Part J of PROTOCOL.md: two teachers times three students, and each student from scratch.
+
+    The published teacher and its students are the pair vgg to vgg.
+    """
+    table = [Experiment("teacher-residual", weights=True, build=residual_teacher)]
+    for student, build in STUDENTS.items():
+        if build:
+            table.append(Experiment(f"scratch-{student}", TRIPLE, build=build))
+        table += [Experiment(f"distilled-{teacher}-to-{student}", TRIPLE, teacher=run, build=build)
+                  for teacher, run in TEACHERS.items() if (teacher, student) != ("vgg", "vgg")]
+    return table + [replace(each, dataset="digits", seeds=(0,)) for each in table]
+
+
 PUBLISHED = _published()  # what the notebooks show
-PLANNED = _recipe_choice() + _evidence()
+PLANNED = _recipe_choice() + _evidence() + _methods() + _architectures()
 EXPERIMENTS = PUBLISHED + PLANNED
 
 # --- making rows ----------------------------------------------------------------------
@@ -386,7 +515,8 @@ class Maker:
             data = wrong_labels(data, each.wrong)
         return dict(method=each.method, dataset=data, teacher=teacher, answers=answers,
                     build=each.build, temperature=each.temperature, alpha=each.alpha,
-                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed))
+                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed),
+                    trainer=each.trainer())
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         return runs.train_or_load(**self.settings(each, seed, **more), **more)
@@ -401,6 +531,8 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
     if any(notes["spec"].get(key) != wanted[key] for key in wanted):
         return None
     if each.distilled and _digest_of_teacher(each, seed) != notes["judge"]:
+        return None
+    if each.loss and notes["spec"]["trainer"]["weight"] != each.trainer().weight:
         return None
     return notes
 
@@ -521,7 +653,8 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
 
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
-        return float(rate.get((each.dataset, model), 15.0))
+        live = each.loss and features.METHODS[each.loss].where != "logits"  # the teacher runs, too
+        return float(rate.get((each.dataset, model), 15.0)) * (2 if live else 1)
 
     return estimate
 
