@@ -1,6 +1,7 @@
 """Other people's losses against their own values, against float64 NumPy, and at their limits."""
 
 from reference import methods  # isort: skip  (first: keeps TensorFlow quiet)
+import ast
 import inspect
 import json
 import shutil
@@ -11,6 +12,7 @@ import scipy.special
 import tensorflow as tf
 from method_cases import FILE, cases, features
 from test_distiller import ROOT, on_a_backend
+from test_notebooks import cells, defined_in
 
 needs_file = pytest.mark.skipif(not FILE.exists(), reason="no methods.npz in KD_DATA_DIR")
 NAMES = ("AB AT CC CRD DIST-T1 DIST-T4 DKD-beta2 DKD-beta8 FSP FT FitNet KD-T1 KD-T4 "
@@ -531,3 +533,29 @@ def test_teacher_and_student_by_name_only(name):
     assert "``" in loss.__doc__ and " 20" in loss.__doc__  # a formula, and a source with its year
     with pytest.raises(TypeError):
         loss(np.zeros((2, 3)), np.zeros((2, 3)))
+
+
+# --- the lesson -----------------------------------------------------------------------
+
+NOTEBOOK = ROOT / "notebooks" / "09_other_methods.ipynb"
+
+
+@pytest.mark.skipif(not NOTEBOOK.exists(), reason="no notebook 09 yet: it waits for its rows")
+@pytest.mark.parametrize("name, helper, loss, shapes", [
+    ("hint_loss", None, methods.fitnet, [(4, 5, 5, 3)] * 2),
+    ("attention_loss", "attention", methods.at, [(4, 5, 5, 3), (4, 5, 5, 6)]),
+    ("relation_loss", "relations", methods.rkd, [(9, 6), (9, 4)]),
+    ("decoupled_loss", None, methods.dkd, [(9, 10), (9, 10)])])
+def test_the_losses_in_09_are_those_of_methods(name, helper, loss, shapes):
+    inline = defined_in(NOTEBOOK, *([helper] if helper else []), name)
+    teacher, student = (x.astype("float32") for x in drawn(*shapes))
+    more = {"labels": labels_of(teacher)} if name == "decoupled_loss" else {}
+    want = float(loss(teacher=teacher, student=student, **more))
+    assert float(inline(teacher=teacher, student=student, **more)) == pytest.approx(want, rel=1e-4)
+    assert max(code_lines(NOTEBOOK, each) for each in (name, helper) if each) <= 10
+
+
+def code_lines(path, name):
+    source = "\n".join("".join(cell["source"]) for cell in cells(path, "code"))
+    node = next(n for n in ast.parse(source).body if getattr(n, "name", "") == name)
+    return node.end_lineno - node.lineno + 1
