@@ -229,9 +229,9 @@ class FeatureDistiller(kdlib.Distiller):
                 f"teacher_layers {teacher_layers}. Name one of the teacher for each.")
         require(teacher is not None or not teacher_layers, "teacher is None, but teacher_layers "
                 f"are {teacher_layers}. Features are computed live: pass the teacher.")
-        self._classes, self.weight = student.output_shape[-1], float(weight)
         # In closures Keras does not find these models: their layers are not counted twice.
         watched = watch("student", student, student_layers)
+        self._classes, self.weight = watched.outputs[0].shape[-1], float(weight)
         self._watch_student = lambda images: keras.tree.flatten(watched(images, training=True))
         asked = watch("teacher", teacher, teacher_layers) if teacher_layers else None
         self._watch_teacher = asked and (lambda images: [ops.stop_gradient(x) for x in asked(
@@ -306,7 +306,8 @@ def watch(role: str, model, names):
         require(len(calls) == 1 and len(calls[0]) == 1, f"{role}_layers names {name!r}, which "
                 f"gives {sum(map(len, calls))} outputs. Choose a layer that is used once.")
         outputs += calls[0]
-    return keras.Model(model.inputs, [model.outputs[0], *outputs])
+    inputs = model.inputs if len(model.inputs) > 1 else model.inputs[0]
+    return keras.Model(inputs, [model.outputs[0], *outputs])
 
 
 def _check_maps(role: str, shapes) -> None:

@@ -100,6 +100,7 @@ def test_weight_zero_is_the_plain_distiller_to_the_last_bit():
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_stored_logits_serve_as_well_as_live_ones():
     teacher, trained = net(6, size=3), []
     answers = teacher.predict(X, verbose=0)
@@ -133,6 +134,7 @@ def test_evaluate_and_predict_are_those_of_the_student():
     np.testing.assert_array_equal(made.predict(X, verbose=0), made.student.predict(X, verbose=0))
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_fit_shows_all_three_losses_and_validates():
     history = distiller("at").fit(X, Y, batch_size=8, validation_data=(X, Y), verbose=0).history
     assert {"loss", "student_loss", "distillation_loss", "feature_loss", "val_accuracy"} <= set(
