@@ -1,6 +1,6 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
-from reference import features, methods, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import experiments, features, methods, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import shutil
 
 import kdlib
@@ -385,3 +385,51 @@ def test_mixed_precision_compares_in_float32():
     loss = methods.at(teacher=tf.ones((2, 4, 4, 3), "float16"),
                       student=1e-3 * tf.ones((2, 4, 4, 2), "float16"))
     assert loss.dtype == "float32" and float(loss) == pytest.approx(0, abs=1e-6)
+
+
+# --- rows as data ---------------------------------------------------------------------
+
+
+def test_each_variant_has_the_same_trials_and_its_authors_weight_among_them():
+    table = experiments._methods()
+    finals = [each for each in table if each.dataset == "cifar10" and not each.choice
+              and each.factor is None]
+    assert {each.loss for each in finals} == set(features.METHODS)
+    for each in finals:
+        trials = [t for t in table if t.choice and (t.loss, t.alpha) == (each.loss, each.alpha)]
+        assert sorted(t.factor for t in trials) == [0.1, 1.0, 10.0]
+        assert all(t.seeds == (100,) for t in trials)
+        own = next(t for t in trials if t.factor == 1)
+        assert own.trainer().weight == features.METHODS[each.loss].weight
+
+
+def test_the_weight_is_the_best_trial_on_validation(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    (tmp_path / "rows").mkdir()
+    each = next(e for e in experiments._methods() if e.method == "distilled-at-kd")
+    for factor, accuracy in ((0.1, 0.84), (1.0, 0.85), (10.0, 0.85)):
+        with pytest.raises(ValueError, match="is missing. Make it first"):
+            each.trainer()
+        trial = experiments._trial("at", 0.1, factor)
+        runs.store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json",
+                               {"row": {"val_accuracy": accuracy}})
+    assert each.trainer().weight == features.METHODS["at"].weight  # of equals, the authors' own
+
+
+@pytest.mark.parametrize("build", [experiments.residual_student, experiments.separable_student])
+def test_other_students_keep_the_budget(build):
+    model = build()
+    assert 80_000 <= model.count_params() <= 90_000
+    assert model(X, training=False).shape == (24, 10)
+    strided = [layer for layer in model.layers if isinstance(layer, layers.Conv2D)
+               and layer.strides != (1, 1)]
+    assert not strided  # TensorFlow's 1x1 with a stride dies on some processors
+
+
+def test_places_are_layers_of_the_published_pair():
+    """And those of one pair have the axes that the method needs."""
+    student, teacher = kdlib.build_student(), kdlib.build_teacher()
+    for mine, theirs in experiments.PLACES.values():
+        assert len(mine) == len(theirs)
+        features.watch("student", student, mine)
+        features.watch("teacher", teacher, theirs)
