@@ -1,12 +1,12 @@
-"""Every row of results.csv as data, and the program that makes the missing ones.
+"""The program that makes the missing rows of results.csv, and publishes them.
 
     python reference/experiments.py --list          what there is, what is missing, how long
     python reference/experiments.py                 make everything that is missing
     python reference/experiments.py scratch best    make these experiments only
     python reference/experiments.py --workers 2     two at a time; see cluster.py
 
-Interrupt it whenever you like: it goes on after the last whole epoch. PROTOCOL.md announces the
-rows of _recipe_choice and _evidence, before they are made.
+Interrupt it whenever you like: it goes on after the last whole epoch. plan.py says
+what each row is.
 """
 
 from __future__ import annotations
@@ -17,362 +17,21 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from unittest import mock
 
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
 import pandas as pd
-import scipy.optimize
-import scipy.special
-from keras import layers
-from sklearn.model_selection import train_test_split
 from tqdm.auto import tqdm
 
-# --- controls: what a student learns from a teacher that knows less -------------------
-
-
-def smoothed(logits, labels, temperature: float):
-    """Label smoothing with the mean entropy of the teacher's soft labels.
-
-    Every image gets the same soft label but for the place of its class. logits (N, classes),
-    labels (N,); returns logits. Source: Szegedy et al. 2016, section 7.
-    """
-    classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
-    wanted = scipy.special.entr(soft).sum(-1).mean()
-
-    def excess(wrong):
-        return (scipy.special.entr(1 - wrong)
-                + (classes - 1) * scipy.special.entr(wrong / (classes - 1)) - wanted)
-
-    wrong = scipy.optimize.brentq(excess, 1e-12, 1 - 1 / classes)
-    smooth = np.where(np.arange(classes) == labels[:, None], 1 - wrong, wrong / (classes - 1))
-    return temperature * np.log(smooth)
-
-
-def evened(logits, labels, temperature: float):
-    """How sure the teacher is of the true class, and nothing about the others.
-
-    The true class keeps its softened probability; the rest is spread evenly.
-    """
-    classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
-    sure = np.clip(soft[np.arange(len(labels)), labels], 1e-12, 1 - 1e-12)[:, None]
-    even = np.where(np.arange(classes) == labels[:, None], sure, (1 - sure) / (classes - 1))
-    return temperature * np.log(even)
-
-
-def shuffled(logits, labels, temperature: float):
-    """The teacher's logits, those of the wrong classes permuted.
-
-    Each image has its own permutation, the same in all its views: how sure the teacher is
-    stays true, which classes are alike becomes false. Source: Furlanello et al. 2018,
-    section 3.2 (dark knowledge with permuted predictions).
-    """
-    keys = np.random.default_rng(2018).random(logits.shape)
-    keys[np.arange(len(labels)), labels] = -1
-    origin = keys.argsort(-1)[:, 1:]  # the wrong classes in random order
-    mixed = logits.copy()
-    np.put_along_axis(mixed, np.sort(origin), np.take_along_axis(logits, origin, -1), -1)
-    return mixed
-
-
-def top(logits, labels, temperature: float, *, k: int):
-    """The teacher's k likeliest classes keep their softened probability.
-
-    The rest is spread evenly over the others. What is stored for an image: k class numbers and
-    k probabilities. Source: Shen and Xing 2022 (marginal smoothing).
-    """
-    classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
-    kept = np.argsort(-soft, axis=-1)[:, :k]
-    probabilities = np.take_along_axis(soft, kept, -1)
-    rest = np.clip(1 - probabilities.sum(-1, keepdims=True), 1e-12, None) / (classes - k)
-    known = np.tile(rest, (1, classes))
-    np.put_along_axis(known, kept, np.clip(probabilities, 1e-12, None), -1)
-    return temperature * np.log(known)
-
-
-TOP = (1, 2, 3, 5)
-CONTROLS = {function.__name__: function for function in (smoothed, evened, shuffled)}
-CONTROLS |= {f"top{k}": functools.partial(top, k=k) for k in TOP}
-
-
-def few_labels(dataset, percent: float, *, hide: bool):
-    """The dataset when only so many training labels are known, the same share of each class.
-
-    hide=True: all images, unknown labels are -1. Else the labelled images alone, again and
-    again, so that an epoch has as many steps.
-    """
-    every = np.arange(len(dataset.y_train))
-    known, _ = train_test_split(every, train_size=percent / 100, random_state=0,
-                                stratify=dataset.y_train)
-    known.sort()
-    if not hide:
-        again = np.resize(known, len(every))
-        return replace(dataset, x_train=dataset.x_train[again], y_train=dataset.y_train[again])
-    hidden = np.full_like(dataset.y_train, -1)
-    hidden[known] = dataset.y_train[known]
-    return replace(dataset, y_train=hidden)
-
-
-def wrong_labels(dataset, percent: float):
-    """The dataset with so many training labels replaced by another class, drawn at random.
-
-    Validation and test labels stay right. Source: Zhang et al. 2017, section 2.2.
-    """
-    rng, labels = np.random.default_rng(2017), dataset.y_train.copy()
-    which = rng.permutation(len(labels))[:round(len(labels) * percent / 100)]
-    classes = len(dataset.class_names)
-    labels[which] = (labels[which] + rng.integers(1, classes, len(which))) % classes
-    return replace(dataset, y_train=labels)
-
-
-# --- signals: several answers as one teacher ------------------------------------------
-
-
-def mirrored(teacher):
-    """The mean of the logits for an image and for its mirror image."""
-    pixels = keras.Input(teacher.inputs[0].shape[1:], name="pixels")
-    answers = [teacher(pixels), teacher(keras.ops.flip(pixels, axis=2))]
-    return keras.Model(pixels, layers.Average()(answers), name="mirrored")
-
-
-def together(*teachers):
-    """The mean of the teachers' probabilities, as logits. Source: Hinton et al. 2015, section 5."""
-    pixels = keras.Input(teachers[0].inputs[0].shape[1:], name="pixels")
-    answers = [keras.ops.log_softmax(teacher(pixels)) for teacher in teachers]
-    # The logarithm of a sum, not of a mean: logits may differ by a constant.
-    return keras.Model(pixels, keras.ops.logsumexp(keras.ops.stack(answers), axis=0),
-                       name="together")
-
-
-SIGNALS = {function.__name__: function for function in (mirrored, together)}
-
-# --- the table ------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Experiment:
-    """Some rows of results.csv: one training for each seed."""
-
-    method: str  # the name in results.csv
-    seeds: tuple[int, ...] = (0,)
-    dataset: str = "cifar10"
-    teacher: str | None = None  # the runs that teach; "{seed}" stands for the pair's own seed
-    signal: str | None = None  # how they answer as one: a name in SIGNALS
-    control: str | None = None  # what becomes of the teacher's answers: a name in CONTROLS
-    temperature: float = 4.0
-    alpha: float = 0.1
-    recipe: dict = field(default_factory=dict)  # where it differs from the published recipe
-    labels: float = 100.0  # per cent of the training labels that are known
-    wrong: float = 0.0  # per cent of the training labels that are wrong
-    build: Callable | None = None
-    weights: bool = False  # publish the trained model, not only its row
-    choice: bool = False  # only for choosing on validation: the test set is not looked at
-
-    @property
-    def distilled(self) -> bool:
-        return self.teacher is not None
-
-    def stem(self, seed: int) -> str:
-        return runs.stem({
-            "dataset": self.dataset, "method": self.method, "seed": seed,
-            "temperature": self.temperature if self.distilled else None, "alpha": self.alpha})
-
-    def teachers(self, seed: int) -> list[str]:
-        return (self.teacher or "").format(seed=seed).split()
-
-    def taught_by(self, seed: int) -> str | None:
-        """What the column teacher of results.csv says."""
-        return "+".join([*self.teachers(seed), *([self.signal] if self.signal else [])]) or None
-
-    def full_recipe(self) -> runs.Recipe:
-        return replace(runs.recipe_for(_Name(self.dataset), self.method), **self.recipe)
-
-
-@dataclass(frozen=True)
-class _Name:
-    name: str  # all that recipe_for asks of a dataset
-
-
-PAIRS = (0, 1, 2, 3, 4)
-TRIPLE = (0, 1, 2)
-FIVE, TEN = {"epochs": 5}, {"epochs": 10}
-
-
-def _published() -> list[Experiment]:
-    """The rows behind notebooks 02 to 08."""
-    one = "teacher-seed0"
-    table = [
-        Experiment("teacher", weights=True),
-        Experiment("scratch", PAIRS, weights=True),
-        Experiment("distilled", PAIRS, teacher=one, weights=True),
-        # how long?
-        Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
-        Experiment("scratch-10-epochs", recipe=TEN),
-        Experiment("distilled-10-epochs", teacher=one, recipe=TEN),
-        Experiment("scratch-40-epochs", recipe={"epochs": 40}),
-        Experiment("distilled-40-epochs", teacher=one, recipe={"epochs": 40}),
-        Experiment("scratch-100-epochs", TRIPLE, recipe={"epochs": 100}),
-        Experiment("distilled-100-epochs", teacher=one, recipe={"epochs": 100}, weights=True),
-        # what the gain consists of
-        Experiment("distilled-5-epochs-smoothing", TRIPLE, teacher=one, control="smoothed",
-                   recipe=FIVE),
-        Experiment("distilled-5-epochs-shuffled", TRIPLE, teacher=one, control="shuffled",
-                   recipe=FIVE),
-        Experiment("distilled-5-epochs-twin", TRIPLE, teacher="scratch-seed0", recipe=FIVE),
-        # views
-        Experiment("distilled-5-epochs-2-views", TRIPLE, teacher=one, recipe=FIVE | {"views": 2}),
-        Experiment("distilled-5-epochs-live", TRIPLE, teacher=one, recipe=FIVE | {"views": 0}),
-        Experiment("scratch-no-augmentation", recipe={"shift": 0, "flip": False}),
-    ]
-    repeated = {(1.0, 0.5), (4.0, 0.1), (16.0, 0.0)}  # to see the noise of the map
-    table += [Experiment("distilled-5-epochs", TRIPLE if (t, a) in repeated else (0,),
-                         teacher=one, temperature=t, alpha=a, recipe=FIVE)
-              for t in (1.0, 2.0, 4.0, 8.0, 16.0) for a in (0.0, 0.1, 0.3, 0.5, 0.9)]
-    table += [Experiment(f"distilled-5-epochs-rate-{rate}", teacher=one,
-                         recipe=FIVE | {"learning_rate": float(rate)})
-              for rate in ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1")]
-    table += [Experiment(f"distilled-adam-{rate}", teacher=one, weights=True,
-                         recipe=TEN | {"optimizer": "adam", "learning_rate": float(rate)})
-              for rate in ("1e-3", "1e-5")]
-    for percent in (1, 5, 10, 50):
-        name = f"5-epochs-{percent}-percent"
-        table += [Experiment(f"scratch-{name}", recipe=FIVE, labels=percent),
-                  Experiment(f"distilled-{name}", teacher=one, recipe=FIVE, labels=percent)]
-    return table + [replace(each, dataset="digits") for each in _digits()]
-
-
-def _digits() -> list[Experiment]:
-    one = "teacher-seed0"
-    table = [
-        Experiment("teacher", weights=True),
-        Experiment("scratch", PAIRS, weights=True),
-        Experiment("distilled", PAIRS, teacher=one, weights=True),
-        Experiment("distilled-no-labels", teacher=one, alpha=0.0, weights=True),
-        Experiment("scratch-sgd", weights=True,
-                   recipe={"optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 5e-3}),
-        Experiment("distilled-7-epochs-smoothing", TRIPLE, teacher=one, control="smoothed"),
-        Experiment("distilled-7-epochs-shuffled", TRIPLE, teacher=one, control="shuffled"),
-        Experiment("distilled-7-epochs-twin", TRIPLE, teacher="scratch-seed0"),
-        Experiment("scratch-90-epochs", TRIPLE, recipe={"epochs": 90}),
-    ]
-    for epochs in (3, 7, 28):
-        table += [Experiment(f"scratch-{epochs}-epochs", TRIPLE, recipe={"epochs": epochs}),
-                  Experiment(f"distilled-{epochs}-epochs", TRIPLE, teacher=one,
-                             recipe={"epochs": epochs})]
-    table += [Experiment(f"distilled-adam-{rate}", teacher=one, weights=True,
-                         recipe=TEN | {"optimizer": "adam", "learning_rate": float(rate)})
-              for rate in ("1e-3", "1e-5")]
-    return table
-
-
-def _recipe_choice() -> list[Experiment]:
-    """Part A of PROTOCOL.md: candidates after 8 epochs, then 20 for what passed."""
-    eight, seed = {"epochs": 8}, (100,)
-    changes = {"": {}, "-average": {"average": 0.998}, "-rate-3e-2": {"learning_rate": 0.03},
-               "-decay-5e-2": {"weight_decay": 0.05}}
-    table = [Experiment(f"teacher-8-epochs{name}", seed, recipe=eight | change, choice=True)
-             for name, change in changes.items()]
-    table.append(Experiment("teacher-8-epochs-residual", seed, recipe=eight, choice=True,
-                            build=residual_teacher))
-    for name, change in changes.items():
-        table += [Experiment(f"scratch-8-epochs{name}", seed, recipe=eight | change, choice=True),
-                  Experiment(f"distilled-8-epochs{name}", seed, recipe=eight | change, choice=True,
-                             teacher="teacher-seed0")]
-    table.append(Experiment("scratch-8-epochs-smoothing", seed, choice=True,
-                            recipe=eight | {"smoothing": 0.1}))
-    # What passed (+0.36 points) goes on.
-    return table + [
-        Experiment("scratch-20-epochs", (100, 101), choice=True),
-        Experiment("scratch-20-epochs-smoothing", (100, 101), choice=True,
-                   recipe={"smoothing": 0.1})]
-
-
-def residual_teacher(num_classes: int = 10) -> keras.Model:
-    """A candidate of part A: a teacher's budget with two residual pairs."""
-    pixels = keras.Input((32, 32, 3), name="pixels")
-    variance = [std**2 for std in kdlib.PIXEL_STD]
-    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
-
-    def unit(x, width, *, kernel=3, pool=False):
-        x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
-        x = layers.MaxPooling2D()(x) if pool else x
-        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
-
-    x = unit(unit(x, 24, kernel=2), 64, pool=True)
-    for width, after in ((64, 96), (96, 128)):
-        x = layers.Add()([x, unit(unit(x, width), width)])
-        x = unit(x, after, pool=True)
-    x = layers.GlobalMaxPooling2D()(unit(x, 128))
-    return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name="residual")
-
-
-def _evidence() -> list[Experiment]:
-    """Parts B to G of PROTOCOL.md.
-
-    Of part B only the teachers and the sixth scratch student stand here. The distilled students,
-    each with a teacher of its own, take the place of those of one teacher when all are there.
-    """
-    one, own = "teacher-seed0", "teacher-seed{seed}"
-    six = " ".join(f"teacher-seed{k}" for k in range(6))
-    table = [  # B, C
-        Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
-        Experiment("scratch", (5,), weights=True),
-        Experiment("distilled-smoothed", PAIRS, teacher=one, control="smoothed"),
-        Experiment("distilled-evened", PAIRS, teacher=one, control="evened"),
-        Experiment("distilled-shuffled", PAIRS, teacher=one, control="shuffled"),
-        Experiment("distilled-twin", PAIRS, teacher="scratch-seed0"),
-        # D: better teachers, and worse ones
-        Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
-        Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
-        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
-        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
-        Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
-        Experiment("distilled-smooth-teacher", PAIRS, teacher="teacher-smoothing-seed{seed}"),
-    ]
-    for epochs in (10, 40):  # E
-        recipe = {"epochs": epochs}
-        table += [Experiment(f"scratch-{epochs}-epochs", (1, 2), recipe=recipe),
-                  Experiment(f"distilled-{epochs}-epochs-own", TRIPLE, teacher=own, recipe=recipe)]
-    for percent in (1, 5, 10, 25):  # F
-        name, known = f"{percent}-percent", {"labels": percent}
-        table += [
-            Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
-            Experiment(f"distilled-5-epochs-{name}-own", TRIPLE, recipe=FIVE, **known,
-                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}"),
-            Experiment(f"scratch-5-epochs-{name}", TRIPLE if percent == 25 else (1, 2),
-                       recipe=FIVE, **known),
-            Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
-    for percent in (20, 40):  # G
-        name, wrong = f"{percent}-wrong", {"wrong": percent}
-        table += [Experiment(f"teacher-{name}", TRIPLE, **wrong),
-                  Experiment(f"scratch-{name}", TRIPLE, **wrong),
-                  Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
-                             **wrong)]
-    return table
-
-
-def _many_machines() -> list[Experiment]:
-    """Notebook 11: answers of which only the likeliest classes were stored."""
-    one = "teacher-seed0"
-    return [Experiment(f"distilled-{epochs}-epochs-top{k}", TRIPLE, dataset=dataset, teacher=one,
-                       control=f"top{k}", recipe={"epochs": epochs})
-            for dataset, epochs in (("cifar10", 5), ("digits", 7)) for k in TOP]
-
-
-PUBLISHED = _published()  # what the notebooks show
-PLANNED = _recipe_choice() + _evidence() + _many_machines()
-EXPERIMENTS = PUBLISHED + PLANNED
-
+from reference.controls import CONTROLS, SIGNALS, few_labels, wrong_labels
+from reference.plan import EXPERIMENTS, Experiment
 # --- making rows ----------------------------------------------------------------------
 
 
@@ -418,7 +77,8 @@ class Maker:
             data = wrong_labels(data, each.wrong)
         return dict(method=each.method, dataset=data, teacher=teacher, answers=answers,
                     build=each.build, temperature=each.temperature, alpha=each.alpha,
-                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed))
+                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed),
+                    trainer=each.trainer())
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         return runs.train_or_load(**self.settings(each, seed, **more), **more)
@@ -442,6 +102,8 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
     if any(notes["spec"].get(key) != wanted[key] for key in wanted):
         return None
     if each.distilled and _digest_of_teacher(each, seed) != notes["judge"]:
+        return None
+    if each.loss and notes["spec"]["trainer"]["weight"] != each.trainer().weight:
         return None
     return notes
 
@@ -588,7 +250,8 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
 
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
-        return float(rate.get((each.dataset, model), 15.0))
+        live = each.loss and features.METHODS[each.loss].where != "logits"  # the teacher runs, too
+        return float(rate.get((each.dataset, model), 15.0)) * (2 if live else 1)
 
     return estimate
 

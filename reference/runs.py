@@ -63,7 +63,7 @@ def train_or_load(method: str, dataset, *, callbacks=None, **settings) -> Run:
     ``KD_RETRAIN=1`` ignores ``reference``. Sets the global random seed.
 
     method: "teacher", "scratch" or "distilled", perhaps with a label of your own behind a dash.
-    settings: build, teacher, answers, temperature, alpha, recipe, seed, taught_by; see Task.
+    settings: build, teacher, answers, temperature, alpha, recipe, seed, ...; see Task.
     callbacks: Keras callbacks instead of the progress bar.
 
     Raises TypeError or ValueError for an argument that does not fit, FloatingPointError if the
@@ -101,14 +101,17 @@ class Task:
         recipe: by default ``recipe_for(dataset, method)``.
         seed: decides first weights, order of batches and Dropout.
         taught_by: what the column teacher of results.csv says; by default the teacher's name.
+        trainer: makes what is fitted, instead of kdlib.Distiller, from student, teacher,
+            temperature, alpha and labels; see features.Trainer. Its identity() is the run's.
     """
 
     def __init__(self, method, dataset, *, build=None, teacher=None, answers=None,
-                 temperature=4.0, alpha=0.1, recipe=None, seed=0, taught_by=None):
+                 temperature=4.0, alpha=0.1, recipe=None, seed=0, taught_by=None, trainer=None):
         self.distilled = method.startswith("distilled") or answers is not None
         self.taught_by = (taught_by or getattr(teacher, "name", None)) if self.distilled else None
         self.dataset, self.recipe = dataset, recipe or recipe_for(dataset, method)
         self.teacher, self.answers = getattr(teacher, "model", teacher), answers
+        self.make_trainer = trainer
         self._check(method)
         self.own, self.seed = build is not None, operator.index(seed)
         keras.utils.set_random_seed(self.seed)
@@ -127,6 +130,9 @@ class Task:
             "teacher": store.model_digest(self.teacher) if by_teacher else None,
             "answers": store.digest(*self.answers) if by_answers else None,
         }
+        if trainer is not None:
+            settings, code = trainer.identity()
+            self.spec["trainer"] = {**settings, "code": store.code_digest(*code)}
         self.folder = runs_folder() / f"{stem(self.spec)}-{store.digest(self.spec)[:10]}"
 
     def _check(self, method) -> None:
@@ -137,6 +143,8 @@ class Task:
                 "with 'teacher', 'scratch' or 'distilled', or give answers, or no teacher.")
         require(not self.distilled or self.teacher is not None or self.answers is not None,
                 f"teacher is None, but method is {method!r}. Pass a trained teacher, or answers.")
+        require(self.make_trainer is None or self.distilled, f"trainer is {self.make_trainer!r}, "
+                f"but method is {method!r}. Only a distilled run has one.")
         labels, classes = self.dataset.y_train, len(self.dataset.class_names)
         require(self.distilled or labels.min() >= 0, f"y_train holds -1 (unknown), but {method!r} "
                 "learns from labels alone. Leave those images out.")
@@ -192,10 +200,13 @@ class Task:
         data, answers = self.dataset, self.answers
         if not self.distilled:  # the wrapper is compiled, so that the model is saved without Muon
             return keras.Sequential([self.model]), (data.x_val, data.y_val), None
-        trainer = kdlib.Distiller(student=self.model, teacher=self.teacher,
-                                  temperature=self.spec["temperature"], alpha=self.spec["alpha"])
+        settings = dict(student=self.model, teacher=self.teacher, alpha=self.spec["alpha"],
+                        temperature=self.spec["temperature"])
+        trainer = (self.make_trainer(**settings, labels=data.y_train) if self.make_trainer
+                   else kdlib.Distiller(**settings))
         if answers is None and self.recipe.views:
             answers = teacher_answers(self.teacher, data, self.recipe)
+        answers = self.make_trainer.lend(answers) if self.make_trainer else answers
         if self.teacher is not None:
             judged = stored_answers(self.teacher, data, "val")
         else:  # nobody to be compared with: see finish

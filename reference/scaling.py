@@ -22,7 +22,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import cluster, experiments, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import cluster, controls, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -109,8 +109,8 @@ def errors(logits):
         return float(scipy.special.rel_entr(p, q).sum(-1).mean())
 
     yield "KL lost, float16", logits.shape[-1], lost(logits.astype("float16")), "nats"
-    for k in experiments.TOP:
-        yield "KL lost, top k", k, lost(experiments.top(logits, None, TEMPERATURE, k=k)), "nats"
+    for k in controls.TOP:
+        yield "KL lost, top k", k, lost(controls.top(logits, None, TEMPERATURE, k=k)), "nats"
         kept = np.sort(p, axis=-1)[:, -k:].sum(-1).mean()
         yield "probability kept, top k", k, float(kept), "share"
 
@@ -131,7 +131,7 @@ def measure() -> list[tuple]:
 def students() -> list[tuple]:
     """Seconds of the clock for eight short trainings, the start of the cluster included."""
     stems = [f"digits-distilled-7-epochs-top{k}-seed{seed}"
-             for k in experiments.TOP for seed in (0, 1)]
+             for k in controls.TOP for seed in (0, 1)]
     rows = []
     for workers in (1, 2):
         began = time.perf_counter()

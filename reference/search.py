@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import cluster, experiments, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import cluster, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import filelock
 import keras
 import numpy as np
@@ -44,7 +44,7 @@ class Search:
 
     @property
     def recipe(self) -> runs.Recipe:
-        recipe = runs.recipe_for(experiments._Name(self.dataset), "student")
+        recipe = runs.recipe_for(plan._Name(self.dataset), "student")
         return replace(recipe, epochs=self.epochs or recipe.epochs)
 
     @property

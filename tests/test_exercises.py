@@ -1,6 +1,6 @@
 """The exercises: every answer that the notebooks give, verified by doing what it says."""
 
-from reference import experiments, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import os
 import re
 from dataclasses import replace
@@ -325,8 +325,8 @@ def test_08_2_no_floor_for_three_pairs(do):
 
 def test_08_3_shuffling_adds_false_similarities():
     logits = np.array([[9.0, 5.0, 1.0, 0.0]] * 50)
-    mixed = experiments.shuffled(logits, np.zeros(50, int), 4.0)
+    mixed = controls.shuffled(logits, np.zeros(50, int), 4.0)
     assert (mixed[:, 0] == 9).all() and (mixed.argsort(-1)[:, -2] != 1).any()
-    even = np.asarray(kdlib.soften(experiments.evened(logits, np.zeros(50, int), 4.0), 4))
+    even = np.asarray(kdlib.soften(controls.evened(logits, np.zeros(50, int), 4.0), 4))
     assert np.allclose(even[:, 1:], even[:, 1:2]) and np.allclose(
         even[:, 0], np.asarray(kdlib.soften(logits, 4))[:, 0])

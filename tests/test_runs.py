@@ -1,6 +1,6 @@
 """runs, store, experiments: what is found again, what survives, what is measured."""
 
-from reference import experiments, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, experiments, plan, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import contextlib
 import json
 import shutil
@@ -218,7 +218,7 @@ def some_answers(count=200):
 
 def test_smoothed_labels_are_as_uncertain_as_the_teacher():
     logits, labels = some_answers()
-    soft = scipy.special.softmax(experiments.smoothed(logits, labels, 4.0) / 4, axis=-1)
+    soft = scipy.special.softmax(controls.smoothed(logits, labels, 4.0) / 4, axis=-1)
     teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
     want = scipy.stats.entropy(teacher, axis=-1).mean()
     np.testing.assert_allclose(scipy.stats.entropy(soft, axis=-1), want, rtol=1e-6)
@@ -229,19 +229,19 @@ def test_smoothed_labels_are_as_uncertain_as_the_teacher():
 
 def test_a_shuffle_keeps_every_value_and_that_of_the_label():
     logits, labels = some_answers()
-    shuffled = experiments.shuffled(logits, labels, 4.0)
+    shuffled = controls.shuffled(logits, labels, 4.0)
     rows = np.arange(len(labels))
     np.testing.assert_array_equal(np.sort(shuffled), np.sort(logits))
     np.testing.assert_array_equal(shuffled[rows, labels], logits[rows, labels])
     assert np.mean(shuffled != logits) > 0.7  # one value in nine stays by chance
     places = np.tile(np.arange(10.0), (200, 1))  # another view, the same shuffle
-    moved = experiments.shuffled(places, labels, 4.0).astype(int)
+    moved = controls.shuffled(places, labels, 4.0).astype(int)
     np.testing.assert_array_equal(np.take_along_axis(logits, moved, -1), shuffled)
 
 
 def test_evened_answers_keep_how_sure_the_teacher_is():
     logits, labels = some_answers()
-    soft = scipy.special.softmax(experiments.evened(logits, labels, 4.0) / 4, axis=-1)
+    soft = scipy.special.softmax(controls.evened(logits, labels, 4.0) / 4, axis=-1)
     teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
     rows = np.arange(len(labels))
     np.testing.assert_allclose(soft[rows, labels], teacher[rows, labels], rtol=1e-6)
@@ -257,7 +257,7 @@ def answers_of(teacher, data, change=lambda logits: logits):
 def test_top_answers_keep_the_likeliest_and_share_out_the_rest(k):
     logits = np.random.default_rng(0).normal(0, 5, (50, 10)).astype("float32")
     soft = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
-    known = scipy.special.softmax(experiments.top(logits, None, 4.0, k=k) / 4, axis=-1)
+    known = scipy.special.softmax(controls.top(logits, None, 4.0, k=k) / 4, axis=-1)
     for row, want in zip(known, soft, strict=True):
         best = sorted(range(10), key=lambda c: -want[c])
         np.testing.assert_allclose(row[best[:k]], want[best[:k]], rtol=1e-9)
@@ -268,7 +268,7 @@ def test_a_mirrored_teacher_is_the_mean_of_two_answers(data):
     teacher = tiny()
     logits = [teacher.predict(images, verbose=0) for images in
               (data.x_val, data.x_val[:, :, ::-1])]
-    found = experiments.mirrored(teacher).predict(data.x_val, verbose=0)
+    found = controls.mirrored(teacher).predict(data.x_val, verbose=0)
     np.testing.assert_allclose(found, np.mean(logits, axis=0), atol=1e-5)
 
 
@@ -276,21 +276,21 @@ def test_teachers_together_give_their_mean_probability(data):
     teachers = [tiny(seed=seed) for seed in range(3)]
     soft = [scipy.special.softmax(each.predict(data.x_val, verbose=0).astype("float64"), axis=-1)
             for each in teachers]
-    found = experiments.together(*teachers).predict(data.x_val, verbose=0)
+    found = controls.together(*teachers).predict(data.x_val, verbose=0)
     np.testing.assert_allclose(np.exp(found) / 3, np.mean(soft, axis=0), rtol=1e-4)
 
 
-@pytest.mark.parametrize("signal", experiments.SIGNALS.values())
+@pytest.mark.parametrize("signal", controls.SIGNALS.values())
 def test_a_signal_made_twice_is_the_same_teacher(signal):
-    teachers = [tiny(seed=0)] + [tiny(seed=1)] * (signal is experiments.together)
+    teachers = [tiny(seed=0)] + [tiny(seed=1)] * (signal is controls.together)
     assert store.model_digest(signal(*teachers)) == store.model_digest(signal(*teachers))
 
 
 def test_wrong_labels_are_as_many_as_asked(data):
-    wrong = experiments.wrong_labels(data, 20)
+    wrong = controls.wrong_labels(data, 20)
     changed = wrong.y_train != data.y_train
     assert changed.sum() == 12 and (wrong.y_val == data.y_val).all()
-    assert (wrong.y_train == experiments.wrong_labels(data, 20).y_train).all()
+    assert (wrong.y_train == controls.wrong_labels(data, 20).y_train).all()
     assert (wrong.y_train >= 0).all() and (wrong.y_train < 10).all()
 
 
@@ -787,7 +787,7 @@ def test_the_table_holds_the_rows_of_all_published_runs():
 
 
 def test_every_row_that_the_notebooks_show_is_published():
-    assert experiments.missing(experiments.PUBLISHED) == []
+    assert experiments.missing(plan.PUBLISHED) == []
 
 
 def test_published_runs_are_of_todays_code():
@@ -811,9 +811,9 @@ def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "REFERENCE", reference)
     (reference / "rows").mkdir(parents=True)
     short = dict(dataset="digits", build=lambda: tiny(4), recipe=vars(RECIPE))
-    table = [experiments.Experiment("teacher", weights=True, **short | {"build": lambda: tiny(8)}),
-             experiments.Experiment("distilled", (0, 1), teacher="teacher-seed0", **short),
-             experiments.Experiment("distilled-x", (100,), teacher="teacher-seed0", choice=True,
+    table = [plan.Experiment("teacher", weights=True, **short | {"build": lambda: tiny(8)}),
+             plan.Experiment("distilled", (0, 1), teacher="teacher-seed0", **short),
+             plan.Experiment("distilled-x", (100,), teacher="teacher-seed0", choice=True,
                                     control="shuffled", **short)]
     monkeypatch.setattr(experiments, "EXPERIMENTS", table)
     monkeypatch.setattr(experiments, "seconds_per_epoch", lambda: lambda each: 1.0)

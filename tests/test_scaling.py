@@ -1,6 +1,6 @@
 """Costs of scaling.csv, and what notebook 11 says about them."""
 
-from reference import experiments, runs, scaling  # isort: skip  (keeps TensorFlow quiet)
+from reference import controls, runs, scaling  # isort: skip  (keeps TensorFlow quiet)
 import numpy as np
 import pandas as pd
 import pytest
@@ -38,10 +38,10 @@ def test_what_shortened_answers_lose():
     p = scipy.special.softmax(logits[0] / scaling.TEMPERATURE)
     q = np.array([p[0], *[(1 - p[0]) / 3] * 3])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiments, "TOP", (1, 2))
+        patch.setattr(controls, "TOP", (1, 2))
         rows = {(figure, size): value for figure, size, value, _ in scaling.errors(logits)}
     assert rows["KL lost, top k", 1] == pytest.approx(np.sum(p * np.log(p / q)), rel=1e-9)
     assert rows["probability kept, top k", 2] == pytest.approx(p[:2].sum(), rel=1e-9)
     (name,) = {figure for figure in FIGURES if "KL lost, top k" in figure}
     lost = FIGURES[name]
-    assert list(lost.index) == list(experiments.TOP) and lost.is_monotonic_decreasing
+    assert list(lost.index) == list(controls.TOP) and lost.is_monotonic_decreasing

@@ -1,0 +1,419 @@
+"""Train a student with the losses of methods.py, on features and on logits.
+
+The extra layers that a method needs (regressors, embeddings, memories) are trained with the
+student and thrown away with the distiller. What is saved is the student.
+"""
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import kdlib
+import keras
+import numpy as np
+from kdlib import require
+from keras import layers, ops
+
+try:
+    from reference import methods
+except ImportError:  # beside this file, on a backend without TensorFlow
+    import methods
+
+# --- a loss and the layers that it needs while it trains -------------------------------
+
+
+class FeatureLoss(layers.Layer):
+    """A loss on features, and the layers that it trains and throws away: here none.
+
+    loss(*, teacher, student) compares the features of one layer each, and losses are added. With
+    together=True it takes the lists of all layers. maps: features must have spatial axes.
+    """
+
+    def __init__(self, loss, *, maps: bool = False, together: bool = False):
+        super().__init__()
+        self.loss, self.maps, self.together, self.built = loss, maps, together, True
+
+    def prepare(self, *, teacher, student, labels=None) -> None:
+        """Make the extra layers for features of these shapes; labels: of all training images."""
+
+    def compute(self, *, teacher, student, labels, numbers):
+        """The loss of a batch: lists of features, class numbers, image numbers (or None)."""
+        if self.together:
+            return sum(self.loss(teacher=teacher, student=student))
+        return sum(self.loss(teacher=t, student=s) for t, s in zip(teacher, student, strict=True))
+
+
+class LabelledLoss(FeatureLoss):
+    """A loss on logits that also takes the labels."""
+
+    def compute(self, *, teacher, student, labels, numbers):
+        return self.loss(teacher=teacher[0], student=student[0], labels=labels)
+
+
+class Regressed(FeatureLoss):
+    """The student's maps get the teacher's channels by a 1x1 convolution and BatchNorm.
+
+    relu: as the hints have it; maps from before a ReLU do without.
+    """
+
+    def __init__(self, loss, *, relu: bool = False, together: bool = False):
+        super().__init__(loss, maps=True, together=together)
+        self.relu = relu
+
+    def prepare(self, *, teacher, student, labels=None):
+        self.regressors = [keras.Sequential([
+            layers.Input(s[1:]), layers.Conv2D(t[-1], 1, use_bias=False),
+            layers.BatchNormalization(), *([layers.ReLU()] if self.relu else [])])
+            for t, s in zip(teacher, student, strict=True)]
+
+    def compute(self, *, teacher, student, **more):
+        student = [regress(s, training=True)
+                   for regress, s in zip(self.regressors, student, strict=True)]
+        return super().compute(teacher=teacher, student=student, **more)
+
+
+class Embedded(FeatureLoss):
+    """Features of both are flattened and pass a linear layer of 128, each its own."""
+
+    width = 128
+
+    def prepare(self, *, teacher, student, labels=None):
+        self.embeddings = [[keras.Sequential([
+            layers.Input(shape[1:]), layers.Flatten(), layers.Dense(self.width)])
+            for shape in shapes] for shapes in (teacher, student)]
+
+    def compute(self, *, teacher, student, **more):
+        teacher, student = (
+            [embed(x) for embed, x in zip(*two, strict=True)]
+            for two in zip(self.embeddings, (teacher, student), strict=True))
+        return super().compute(teacher=teacher, student=student, **more)
+
+
+class Information(FeatureLoss):
+    """VID's three 1x1 convolutions from student to teacher, and its variances (5 at first)."""
+
+    def __init__(self):
+        super().__init__(methods.vid, maps=True)
+
+    def prepare(self, *, teacher, student, labels=None):
+        self.kernels, self.scales = [], []
+        for t, s in zip(teacher, student, strict=True):
+            self.kernels.append([self.add_weight(shape=(1, 1, width, t[-1]), name="kernel")
+                                 for width in (s[-1], t[-1], t[-1])])
+            start = keras.initializers.Constant(math.log(math.exp(5 - 1e-5) - 1))
+            # Called a bias, so that weight decay leaves it alone.
+            self.scales.append(self.add_weight(shape=(t[-1],), initializer=start, name="bias"))
+
+    def compute(self, *, teacher, student, labels, numbers):
+        parts = zip(teacher, student, self.kernels, self.scales, strict=True)
+        return sum(methods.vid(teacher=t, student=s, kernels=[ops.convert_to_tensor(k) for k in ks],
+                               log_scale=ops.convert_to_tensor(scale)) for t, s, ks, scale in parts)
+
+
+class Factors(FeatureLoss):
+    """Factor transfer: a paraphraser that restores the teacher's map, a translator for the student.
+
+    The original trains the paraphraser first, on its own. Here it learns beside the student, from
+    its own reconstruction alone.
+    """
+
+    def __init__(self):
+        super().__init__(methods.ft, maps=True)
+
+    def prepare(self, *, teacher, student, labels=None):
+        (t,), (s,) = teacher, student
+        half = max(t[-1] // 2, 1)
+        self.paraphraser = _convolutions(t[1:], (t[-1], half, half))
+        self.restorer = _convolutions((*t[1:3], half), (half, t[-1], t[-1]))
+        self.translator = _convolutions(s[1:], (s[-1], half, half), norm=True)
+
+    def compute(self, *, teacher, student, labels, numbers):
+        factor = self.paraphraser(teacher[0])
+        lost = ops.mean((self.restorer(factor) - teacher[0]) ** 2)
+        translated = self.translator(student[0], training=True)
+        return lost + methods.ft(teacher=ops.stop_gradient(factor), student=translated)
+
+
+def _convolutions(shape, widths, *, norm: bool = False):
+    parts = [layers.Input(shape)]
+    for width in widths:
+        parts.append(layers.Conv2D(width, 3, padding="same"))
+        parts += [layers.BatchNormalization()] if norm else []
+        parts.append(layers.LeakyReLU(0.1))
+    return keras.Sequential(parts)
+
+
+class Contrast(Embedded):
+    """CRD: embeddings, a memory of every training image on both sides, images to tell apart.
+
+    They are drawn from the other classes, 16,384 for each image, or as many as there are images.
+    Needs the labels of the training set, and the number of each image in it beside the logits.
+    """
+
+    def __init__(self, negatives: int = 16384):
+        super().__init__(methods.crd)
+        self.negatives = negatives
+
+    def prepare(self, *, teacher, student, labels=None):
+        require(labels is not None and len(set(labels)) > 1, "labels are missing. This loss draws "
+                "images of other classes: pass the labels of the whole training set.")
+        super().prepare(teacher=teacher, student=student)
+        self.order = np.argsort(labels, kind="stable").astype("int32")
+        values, first, sizes = np.unique(np.asarray(labels)[self.order], return_index=True,
+                                         return_counts=True)
+        which = np.searchsorted(values, labels)  # where an image's class lies in that order
+        self.first, self.size = first[which].astype("int32"), sizes[which].astype("int32")
+        edge = 1 / math.sqrt(self.width / 3)
+        start = keras.initializers.RandomUniform(-edge, edge)
+        self.memories = [self.add_weight(shape=(len(labels), self.width), initializer=start,
+                                         trainable=False, name="memory") for _ in range(2)]
+        self.normalisers = self.add_weight(shape=(2,), initializer="zeros", trainable=False,
+                                           name="normalisers")
+        self.random = keras.random.SeedGenerator()
+
+    def compute(self, *, teacher, student, labels, numbers):
+        require(numbers is not None, "image numbers are missing. Give them as one more column "
+                "behind the stored logits, or alone: fit((images, numbers[:, None]), labels).")
+        rows = [methods._unit(embed[0](x[0]))
+                for embed, x in zip(self.embeddings, (teacher, student), strict=True)]
+        memories = [ops.convert_to_tensor(memory) for memory in self.memories]
+        sampled = self._draw(numbers)
+        first = ops.stop_gradient(ops.stack(  # of student and teacher, as the loss wants them
+            [ops.mean(methods.crd_scores(rows[k], memories[1 - k], sampled)) for k in (1, 0)]))
+        known = ops.convert_to_tensor(self.normalisers)
+        z = ops.where(known > 0, known, first * len(self.order))
+        self.normalisers.assign(z)
+        loss = methods.crd(teacher=rows[0], student=rows[1], teacher_memory=memories[0],
+                           student_memory=memories[1], sampled=sampled, normalisers=(z[0], z[1]))
+        for memory, before, new in zip(self.memories, memories, rows, strict=True):
+            memory.assign(methods.crd_remember(before, numbers, ops.stop_gradient(new)))
+        return loss
+
+    def _draw(self, numbers):
+        """Each image's own number, then those of images of other classes."""
+        images = len(self.order)
+        first, size = (ops.expand_dims(ops.take(x, numbers), 1) for x in (self.first, self.size))
+        shape = (ops.shape(numbers)[0], min(self.negatives, images))
+        others = ops.cast(images - size, "float32")
+        place = ops.cast(keras.random.uniform(shape, seed=self.random) * others, "int32")
+        place = ops.minimum(place, images - size - 1)  # rounding
+        place = place + ops.where(place >= first, size, 0)
+        return ops.concatenate([ops.expand_dims(numbers, 1), ops.take(self.order, place)], axis=1)
+
+
+# --- the distiller --------------------------------------------------------------------
+
+
+class FeatureDistiller(kdlib.Distiller):
+    """A Distiller with one more loss, on features or on logits.
+
+    ``loss = alpha * student_loss + (1 - alpha) * distillation_loss + weight * feature_loss``.
+    The teacher's features are computed live, in one pass, without gradient. Stored logits still
+    serve the distillation_loss. feature_loss counts in training only, so validation shows the
+    other two. ``count_params``, ``save`` and ``export`` are the student's; a checkpoint of
+    ``save_weights`` holds the student and the optimizer, and extra layers begin anew after it.
+
+    student_layers, teacher_layers: names, pair by pair; none: the loss compares the logits.
+    feature_loss: a FeatureLoss, or a function(teacher=, student=) of two features. labels: of all
+    training images, where the loss draws from them. Stored logits may carry the number of each
+    image as one more column, or be replaced by it. Raises TypeError, ValueError.
+    """
+
+    def __init__(self, *, student, teacher, feature_loss, weight: float, student_layers=(),
+                 teacher_layers=(), temperature: float = 4.0, alpha: float = 0.1, labels=None):
+        super().__init__(student=student, teacher=teacher, temperature=temperature, alpha=alpha)
+        require(isinstance(weight, (int, float)) and 0 <= weight < math.inf, f"weight is "
+                f"{weight!r}. It multiplies the feature loss: a finite number from 0 on.")
+        require(len(student_layers) == len(teacher_layers), f"student_layers are {student_layers}, "
+                f"teacher_layers {teacher_layers}. Name one of the teacher for each.")
+        require(teacher is not None or not teacher_layers, "teacher is None, but teacher_layers "
+                f"are {teacher_layers}. Features are computed live: pass the teacher.")
+        # In closures Keras does not find these models: their layers are not counted twice.
+        watched = watch("student", student, student_layers)
+        self._classes, self.weight = watched.outputs[0].shape[-1], float(weight)
+        self._watch_student = lambda images: keras.tree.flatten(watched(images, training=True))
+        asked = watch("teacher", teacher, teacher_layers) if teacher_layers else None
+        self._watch_teacher = asked and (lambda images: [ops.stop_gradient(x) for x in asked(
+            kdlib.check_images("teacher", teacher, images), training=False)])
+        given = isinstance(feature_loss, FeatureLoss)
+        self.feature_loss = feature_loss if given else FeatureLoss(feature_loss)
+        shapes = {role: [tuple(x.shape) for x in model.outputs[bool(layers_):]] if model else
+                  [(None, self._classes)] for role, model, layers_ in (
+                      ("teacher", asked, teacher_layers), ("student", watched, student_layers))}
+        for role in shapes if self.feature_loss.maps else ():
+            _check_maps(role, shapes[role])
+        self.feature_loss.prepare(**shapes, labels=labels)
+        self._seen = keras.metrics.Mean("feature_loss")
+
+    def count_params(self):
+        return self.student.count_params()
+
+    def call(self, inputs, training=None):
+        if training is not True:
+            return super().call(inputs, training=training)
+        images, _ = self._split(inputs)
+        return self._watch_student(kdlib.check_images("student", self.student, images))
+
+    def _stored(self, given):
+        """Stored logits and image numbers, or None: (batch, classes), with numbers, numbers."""
+        width = None if given is None else given.shape[-1]
+        require(width in (None, 1, self._classes, self._classes + 1), f"teacher_logits have "
+                f"{width} columns. Give {self._classes} logits, perhaps image numbers behind them.")
+        logits = given[:, :self._classes] if width and width >= self._classes else None
+        numbered = width in (1, self._classes + 1)
+        return logits, ops.cast(given[:, -1], "int32") if numbered else None
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        images, given = self._split(x)
+        answers, numbers = self._stored(given)
+        logits, *learned = y_pred if isinstance(y_pred, (list, tuple)) else [y_pred]
+        trains, taught = isinstance(y_pred, (list, tuple)), []
+        if trains and self._watch_teacher:
+            live, *taught = self._watch_teacher(images)
+            answers = live if answers is None else answers
+        answers = self._ask_teacher(images) if answers is None else answers
+        several = images if isinstance(images, (list, tuple)) else [images]
+        loss = super().compute_loss((*several, answers), y, logits, sample_weight, training)
+        if not trains:
+            return loss
+        y, known, _ = self._labels(y, logits, None)
+        labels = ops.where(known > 0, y, ops.cast(ops.argmax(answers, axis=-1), y.dtype))
+        extra = self.feature_loss.compute(teacher=taught or [answers], student=learned or [logits],
+                                          labels=labels, numbers=numbers)
+        self._seen.update_state(extra, ops.shape(logits)[0])
+        for metric in self._losses_seen:  # not finite: the guard of fit raises
+            metric.update_state(ops.where(ops.isfinite(extra), 0.0, math.nan), 0.0)
+        strategy = getattr(self, "distribute_strategy", None)
+        return loss + self.weight * extra / (strategy.num_replicas_in_sync if strategy else 1)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        trains = isinstance(y_pred, (list, tuple))
+        logs = super().compute_metrics(x, y, y_pred[0] if trains else y_pred, sample_weight)
+        return {key: value for key, value in logs.items() if trains or key != "feature_loss"}
+
+
+def watch(role: str, model, names):
+    """The model with more outputs: its logits, then those of the named layers, as a list."""
+    require(getattr(model, "inputs", None), f"{role} is a {type(model).__name__} without a graph, "
+            "so its layers have no outputs to name. Build it as a functional model.")
+    known, outputs = [layer.name for layer in model.layers], []
+    for name in names:
+        require(name in known, f"{role}_layers names {name!r}. The {role} has {', '.join(known)}.")
+        graph = getattr(model, "_functional", None) or model
+        calls = [node.outputs for level in graph._nodes_by_depth.values() for node in level
+                 if node.operation is model.get_layer(name)]
+        require(len(calls) == 1 and len(calls[0]) == 1, f"{role}_layers names {name!r}, which "
+                f"gives {sum(map(len, calls))} outputs. Choose a layer that is used once.")
+        outputs += calls[0]
+    inputs = model.inputs if len(model.inputs) > 1 else model.inputs[0]
+    return keras.Model(inputs, [model.outputs[0], *outputs])
+
+
+def _check_maps(role: str, shapes) -> None:
+    for shape in shapes:
+        require(len(shape) == 4 and None not in shape[1:], f"{role}_layers give {shape}. This loss "
+                "needs maps (batch, height, width, channels) of known size.")
+
+
+# --- methods as data ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Method:
+    """How one of the methods is trained: its loss, its authors' weight, where it looks."""
+
+    make: Callable[[], FeatureLoss]
+    weight: float  # beside cross-entropy of weight 1; RepDistiller's scripts, or the authors'
+    where: str  # "hint", "stages", "before" (their ReLU), "last map", "vector" or "logits"
+    parts: tuple = ()  # what make uses, for the digest of its code
+
+
+def _method(where: str, weight: float, loss, kind=FeatureLoss, **settings) -> Method:
+    if where in ("hint", "stages", "last map") and kind is FeatureLoss:
+        settings["maps"] = True
+    return Method(lambda: kind(loss, **settings), weight, where, (kind, loss, str(settings)))
+
+
+def _with(loss, **settings):
+    """The loss with the settings of its authors' CIFAR-100 experiments."""
+    def configured(**features):
+        return loss(**features, **settings)
+
+    configured.__wrapped__, configured.settings = loss, settings
+    return configured
+
+
+METHODS = {
+    "fitnet": _method("hint", 100, methods.fitnet, Regressed, relu=True),
+    "at": _method("stages", 1000, methods.at),
+    "sp": _method("last map", 3000, methods.sp),
+    "cc": _method("vector", 0.02, methods.cc, Embedded),
+    "vid": Method(Information, 1, "stages", (Information, methods.vid)),
+    "rkd": _method("vector", 1, methods.rkd),
+    "pkt": _method("vector", 30000, methods.pkt),
+    "ab": _method("before", 1, methods.ab, Regressed, together=True),
+    "ft": Method(Factors, 200, "last map", (Factors, _convolutions, methods.ft)),
+    "fsp": _method("stages", 50, methods.fsp, Regressed, together=True),
+    "nst": _method("stages", 50, methods.nst),
+    "crd": Method(Contrast, 0.8, "vector", (Contrast, Embedded, methods.crd, methods.crd_scores,
+                                            methods.crd_remember)),
+    "dkd": _method("logits", 1, _with(methods.dkd, beta=8.0, temperature=4.0), LabelledLoss),
+    "dist": _method("logits", 2, _with(methods.dist, temperature=4.0)),
+    "standardised": _method("logits", 9, _with(methods.standardised, temperature=2.0)),
+    "ttm": _method("logits", 45, _with(methods.ttm, power=0.1)),
+    "wttm": _method("logits", 4, _with(methods.wttm, power=0.2)),
+}
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """Makes the FeatureDistiller of a method: what train_or_load takes as ``trainer``."""
+
+    method: str
+    weight: float
+    student_layers: tuple[str, ...] = ()
+    teacher_layers: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        require(self.method in METHODS,
+                f"method is {self.method!r}. Choose one of {', '.join(METHODS)}.")
+
+    def __call__(self, *, student, teacher, temperature, alpha, labels):
+        return FeatureDistiller(
+            student=student, teacher=teacher, temperature=temperature, alpha=alpha, labels=labels,
+            feature_loss=METHODS[self.method].make(), weight=self.weight,
+            student_layers=self.student_layers, teacher_layers=self.teacher_layers)
+
+    def lend(self, answers):
+        """The stored logits of all views, with the number of each image where it is needed."""
+        if self.method != "crd":
+            return answers
+        require(answers is not None, "views are 0, but CRD needs the number of each image, which "
+                "comes with stored answers. Give the recipe some views.")
+        return [np.column_stack([each, np.arange(len(each))]).astype("float32")
+                for each in answers]
+
+    def identity(self) -> tuple[dict, list]:
+        """What the trained weights depend on: settings, and the functions that act on them."""
+        parts = METHODS[self.method].parts
+        settings = [part if isinstance(part, str) else str(getattr(part, "settings", ""))
+                    for part in parts]
+        code = [getattr(part, "__wrapped__", part) for part in parts if callable(part)]
+        return {**asdict(self), "settings": settings}, [
+            FeatureDistiller, watch, FeatureLoss, *_used_by(code)]
+
+
+def _used_by(code) -> list:
+    """These functions and classes, and the functions of methods.py that they call, in order."""
+    found, names = dict.fromkeys(code), {name: part for name, part in vars(methods).items() if
+                                         getattr(part, "__module__", "") == methods.__name__}
+    queue = [part.__code__ for part in code if inspect.isfunction(part)]
+    while queue:
+        block = queue.pop()
+        queue += [each for each in block.co_consts if inspect.iscode(each)]
+        for used in (names[name] for name in block.co_names if name in names):
+            if used not in found:
+                found[used] = None
+                queue.append(used.__code__)
+    return list(found)

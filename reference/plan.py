@@ -1,0 +1,363 @@
+"""Every row of results.csv as data: what it is, which settings, which seeds.
+
+experiments.py makes the rows. PROTOCOL.md announces those of _recipe_choice, _evidence,
+_many_machines, _methods and _architectures before they are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from reference import features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import kdlib
+import keras
+from keras import layers
+
+from reference.controls import TOP
+
+# --- the table ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Some rows of results.csv: one training for each seed."""
+
+    method: str  # the name in results.csv
+    seeds: tuple[int, ...] = (0,)
+    dataset: str = "cifar10"
+    teacher: str | None = None  # the runs that teach; "{seed}" stands for the pair's own seed
+    signal: str | None = None  # how they answer as one: a name in SIGNALS
+    control: str | None = None  # what becomes of the teacher's answers: a name in CONTROLS
+    temperature: float = 4.0
+    alpha: float = 0.1
+    recipe: dict = field(default_factory=dict)  # where it differs from the published recipe
+    labels: float = 100.0  # per cent of the training labels that are known
+    wrong: float = 0.0  # per cent of the training labels that are wrong
+    build: Callable | None = None
+    loss: str | None = None  # one more loss: a name in features.METHODS
+    factor: float | None = None  # times its authors' weight; None: as chosen on validation
+    place: str | None = None  # which layers it compares: a name in PLACES; None: the method's own
+    weights: bool = False  # publish the trained model, not only its row
+    choice: bool = False  # only for choosing on validation: the test set is not looked at
+
+    @property
+    def distilled(self) -> bool:
+        return self.teacher is not None
+
+    def stem(self, seed: int) -> str:
+        return runs.stem({
+            "dataset": self.dataset, "method": self.method, "seed": seed,
+            "temperature": self.temperature if self.distilled else None, "alpha": self.alpha})
+
+    def teachers(self, seed: int) -> list[str]:
+        return (self.teacher or "").format(seed=seed).split()
+
+    def taught_by(self, seed: int) -> str | None:
+        """What the column teacher of results.csv says."""
+        return "+".join([*self.teachers(seed), *([self.signal] if self.signal else [])]) or None
+
+    def trainer(self) -> features.Trainer | None:
+        """What fits the student where there is one more loss."""
+        if self.loss is None:
+            return None
+        method = features.METHODS[self.loss]
+        factor = chosen_factor(self) if self.factor is None else self.factor
+        student, teacher = PLACES[self.place or method.where]
+        return features.Trainer(self.loss, factor * method.weight, student, teacher)
+
+    def full_recipe(self) -> runs.Recipe:
+        return replace(runs.recipe_for(_Name(self.dataset), self.method), **self.recipe)
+
+
+@dataclass(frozen=True)
+class _Name:
+    name: str  # all that recipe_for asks of a dataset
+
+
+PAIRS = (0, 1, 2, 3, 4)
+TRIPLE = (0, 1, 2)
+FIVE, TEN = {"epochs": 5}, {"epochs": 10}
+
+
+def _published() -> list[Experiment]:
+    """The rows behind notebooks 02 to 08."""
+    one = "teacher-seed0"
+    table = [
+        Experiment("teacher", weights=True),
+        Experiment("scratch", PAIRS, weights=True),
+        Experiment("distilled", PAIRS, teacher=one, weights=True),
+        # how long?
+        Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
+        Experiment("scratch-10-epochs", recipe=TEN),
+        Experiment("distilled-10-epochs", teacher=one, recipe=TEN),
+        Experiment("scratch-40-epochs", recipe={"epochs": 40}),
+        Experiment("distilled-40-epochs", teacher=one, recipe={"epochs": 40}),
+        Experiment("scratch-100-epochs", TRIPLE, recipe={"epochs": 100}),
+        Experiment("distilled-100-epochs", teacher=one, recipe={"epochs": 100}, weights=True),
+        # what the gain consists of
+        Experiment("distilled-5-epochs-smoothing", TRIPLE, teacher=one, control="smoothed",
+                   recipe=FIVE),
+        Experiment("distilled-5-epochs-shuffled", TRIPLE, teacher=one, control="shuffled",
+                   recipe=FIVE),
+        Experiment("distilled-5-epochs-twin", TRIPLE, teacher="scratch-seed0", recipe=FIVE),
+        # views
+        Experiment("distilled-5-epochs-2-views", TRIPLE, teacher=one, recipe=FIVE | {"views": 2}),
+        Experiment("distilled-5-epochs-live", TRIPLE, teacher=one, recipe=FIVE | {"views": 0}),
+        Experiment("scratch-no-augmentation", recipe={"shift": 0, "flip": False}),
+    ]
+    repeated = {(1.0, 0.5), (4.0, 0.1), (16.0, 0.0)}  # to see the noise of the map
+    table += [Experiment("distilled-5-epochs", TRIPLE if (t, a) in repeated else (0,),
+                         teacher=one, temperature=t, alpha=a, recipe=FIVE)
+              for t in (1.0, 2.0, 4.0, 8.0, 16.0) for a in (0.0, 0.1, 0.3, 0.5, 0.9)]
+    table += [Experiment(f"distilled-5-epochs-rate-{rate}", teacher=one,
+                         recipe=FIVE | {"learning_rate": float(rate)})
+              for rate in ("1e-5", "1e-4", "1e-3", "1e-2", "1e-1")]
+    table += [Experiment(f"distilled-adam-{rate}", teacher=one, weights=True,
+                         recipe=TEN | {"optimizer": "adam", "learning_rate": float(rate)})
+              for rate in ("1e-3", "1e-5")]
+    for percent in (1, 5, 10, 50):
+        name = f"5-epochs-{percent}-percent"
+        table += [Experiment(f"scratch-{name}", recipe=FIVE, labels=percent),
+                  Experiment(f"distilled-{name}", teacher=one, recipe=FIVE, labels=percent)]
+    return table + [replace(each, dataset="digits") for each in _digits()]
+
+
+def _digits() -> list[Experiment]:
+    one = "teacher-seed0"
+    table = [
+        Experiment("teacher", weights=True),
+        Experiment("scratch", PAIRS, weights=True),
+        Experiment("distilled", PAIRS, teacher=one, weights=True),
+        Experiment("distilled-no-labels", teacher=one, alpha=0.0, weights=True),
+        Experiment("scratch-sgd", weights=True,
+                   recipe={"optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 5e-3}),
+        Experiment("distilled-7-epochs-smoothing", TRIPLE, teacher=one, control="smoothed"),
+        Experiment("distilled-7-epochs-shuffled", TRIPLE, teacher=one, control="shuffled"),
+        Experiment("distilled-7-epochs-twin", TRIPLE, teacher="scratch-seed0"),
+        Experiment("scratch-90-epochs", TRIPLE, recipe={"epochs": 90}),
+    ]
+    for epochs in (3, 7, 28):
+        table += [Experiment(f"scratch-{epochs}-epochs", TRIPLE, recipe={"epochs": epochs}),
+                  Experiment(f"distilled-{epochs}-epochs", TRIPLE, teacher=one,
+                             recipe={"epochs": epochs})]
+    table += [Experiment(f"distilled-adam-{rate}", teacher=one, weights=True,
+                         recipe=TEN | {"optimizer": "adam", "learning_rate": float(rate)})
+              for rate in ("1e-3", "1e-5")]
+    return table
+
+
+def _recipe_choice() -> list[Experiment]:
+    """Part A of PROTOCOL.md: candidates after 8 epochs, then 20 for what passed."""
+    eight, seed = {"epochs": 8}, (100,)
+    changes = {"": {}, "-average": {"average": 0.998}, "-rate-3e-2": {"learning_rate": 0.03},
+               "-decay-5e-2": {"weight_decay": 0.05}}
+    table = [Experiment(f"teacher-8-epochs{name}", seed, recipe=eight | change, choice=True)
+             for name, change in changes.items()]
+    table.append(Experiment("teacher-8-epochs-residual", seed, recipe=eight, choice=True,
+                            build=residual_teacher))
+    for name, change in changes.items():
+        table += [Experiment(f"scratch-8-epochs{name}", seed, recipe=eight | change, choice=True),
+                  Experiment(f"distilled-8-epochs{name}", seed, recipe=eight | change, choice=True,
+                             teacher="teacher-seed0")]
+    table.append(Experiment("scratch-8-epochs-smoothing", seed, choice=True,
+                            recipe=eight | {"smoothing": 0.1}))
+    # What passed (+0.36 points) goes on.
+    return table + [
+        Experiment("scratch-20-epochs", (100, 101), choice=True),
+        Experiment("scratch-20-epochs-smoothing", (100, 101), choice=True,
+                   recipe={"smoothing": 0.1})]
+
+
+def residual_teacher(num_classes: int = 10) -> keras.Model:
+    """A candidate of part A: a teacher's budget with two residual pairs."""
+    pixels = keras.Input((32, 32, 3), name="pixels")
+    variance = [std**2 for std in kdlib.PIXEL_STD]
+    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
+
+    def unit(x, width, *, kernel=3, pool=False):
+        x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
+        x = layers.MaxPooling2D()(x) if pool else x
+        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+    x = unit(unit(x, 24, kernel=2), 64, pool=True)
+    for width, after in ((64, 96), (96, 128)):
+        x = layers.Add()([x, unit(unit(x, width), width)])
+        x = unit(x, after, pool=True)
+    x = layers.GlobalMaxPooling2D()(unit(x, 128))
+    return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name="residual")
+
+
+def _evidence() -> list[Experiment]:
+    """Parts B to G of PROTOCOL.md.
+
+    Of part B only the teachers and the sixth scratch student stand here. The distilled students,
+    each with a teacher of its own, take the place of those of one teacher when all are there.
+    """
+    one, own = "teacher-seed0", "teacher-seed{seed}"
+    six = " ".join(f"teacher-seed{k}" for k in range(6))
+    table = [  # B, C
+        Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
+        Experiment("scratch", (5,), weights=True),
+        Experiment("distilled-smoothed", PAIRS, teacher=one, control="smoothed"),
+        Experiment("distilled-evened", PAIRS, teacher=one, control="evened"),
+        Experiment("distilled-shuffled", PAIRS, teacher=one, control="shuffled"),
+        Experiment("distilled-twin", PAIRS, teacher="scratch-seed0"),
+        # D: better teachers, and worse ones
+        Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
+        Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
+        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
+        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
+        Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
+        Experiment("distilled-smooth-teacher", PAIRS, teacher="teacher-smoothing-seed{seed}"),
+    ]
+    for epochs in (10, 40):  # E
+        recipe = {"epochs": epochs}
+        table += [Experiment(f"scratch-{epochs}-epochs", (1, 2), recipe=recipe),
+                  Experiment(f"distilled-{epochs}-epochs-own", TRIPLE, teacher=own, recipe=recipe)]
+    for percent in (1, 5, 10, 25):  # F
+        name, known = f"{percent}-percent", {"labels": percent}
+        table += [
+            Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
+            Experiment(f"distilled-5-epochs-{name}-own", TRIPLE, recipe=FIVE, **known,
+                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}"),
+            Experiment(f"scratch-5-epochs-{name}", TRIPLE if percent == 25 else (1, 2),
+                       recipe=FIVE, **known),
+            Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
+    for percent in (20, 40):  # G
+        name, wrong = f"{percent}-wrong", {"wrong": percent}
+        table += [Experiment(f"teacher-{name}", TRIPLE, **wrong),
+                  Experiment(f"scratch-{name}", TRIPLE, **wrong),
+                  Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
+                             **wrong)]
+    return table
+
+
+def _many_machines() -> list[Experiment]:
+    """Notebook 11: answers of which only the likeliest classes were stored."""
+    one = "teacher-seed0"
+    return [Experiment(f"distilled-{epochs}-epochs-top{k}", TRIPLE, dataset=dataset, teacher=one,
+                       control=f"top{k}", recipe={"epochs": epochs})
+            for dataset, epochs in (("cifar10", 5), ("digits", 7)) for k in TOP]
+
+
+# --- other methods, other architectures ------------------------------------------------
+
+# Of the published student and teacher: the layers that a method compares. As in RepDistiller, but
+# without its first stage, which this student does not have.
+PLACES = {
+    "hint": (("relu2_2",), ("relu2_2",)),
+    "stages": (("relu1_1", "relu2_2", "relu3_2"), ("relu1_2", "relu2_2", "relu4_1")),
+    "before": (("norm1_1", "norm2_2", "norm3_2"), ("norm1_2", "norm2_2", "norm4_1")),
+    "last map": (("relu3_2",), ("relu4_1",)),
+    "vector": (("pool3",), ("pool4",)),
+    "logits": ((), ()),
+    "misplaced": (("relu1_1",), ("relu4_1",)),  # the student's first stage, the teacher's last
+}
+FACTORS = (1.0, 0.1, 10.0)  # three trials for each method: its authors' weight, less and more
+TAUGHT = ("fitnet", "at", "rkd", "dkd")  # in notebook 09
+
+
+def _trial(loss: str, alpha: float, factor: float) -> Experiment:
+    kd = "-kd" if alpha < 1 else ""
+    return Experiment(f"distilled-5-epochs-{loss}{kd}-x{factor:g}", (100,), loss=loss, alpha=alpha,
+                      teacher="teacher-seed0", factor=factor, recipe=FIVE, choice=True)
+
+
+def chosen_factor(each: Experiment) -> float:
+    """The factor of the best trial on validation. Between equals, the authors' own weight."""
+    found = {}
+    for factor in FACTORS:
+        trial = _trial(each.loss, each.alpha, factor)
+        path = runs.REFERENCE / "rows" / f"{trial.stem(100)}.json"
+        kdlib.require(path.exists(), f"the trial {trial.method} of {each.method} is missing. Make "
+                      f"it first: python reference/experiments.py {trial.method}")
+        found[factor] = store.read_notes(path)["row"]["val_accuracy"]
+    return max(FACTORS, key=found.get)
+
+
+def _methods() -> list[Experiment]:
+    """Part I of PROTOCOL.md: the trials, then each method with its chosen weight, five pairs.
+
+    alpha = 1: hard labels and the method alone. -kd: hard and soft labels as ever, and the method.
+    A loss on logits takes the place of the soft labels, so it has no -kd.
+    """
+    one, table = "teacher-seed0", []
+    variants = [(loss, alpha) for loss, method in features.METHODS.items()
+                for alpha in ((1.0,) if method.where == "logits" else (1.0, 0.1))]
+    table += [_trial(*variant, factor) for variant in variants for factor in FACTORS]
+    for loss, alpha in variants:
+        name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
+        each = Experiment(name, PAIRS, teacher=one, loss=loss, alpha=alpha)
+        if alpha == 1 and loss in TAUGHT:
+            table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
+        else:
+            table.append(each)
+        table.append(replace(each, dataset="digits", seeds=(0,), factor=1.0, recipe={"epochs": 3}))
+    harm = Experiment("distilled-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet", alpha=1.0,
+                      factor=10.0, place="misplaced")
+    return table + [harm, replace(harm, dataset="digits", recipe={"epochs": 3})]
+
+
+def residual_student(num_classes: int = 10) -> keras.Model:
+    """At most 90,000 parameters, with two residual pairs."""
+    return _student("residual_student", _residual_body, num_classes)
+
+
+def separable_student(num_classes: int = 10) -> keras.Model:
+    """At most 90,000 parameters: depthwise 3x3, then 1x1 (Howard et al. 2017, section 3.1)."""
+    return _student("separable_student", _separable_body, num_classes)
+
+
+def _student(name: str, body: Callable, num_classes: int) -> keras.Model:
+    pixels = keras.Input((32, 32, 3), name="pixels")
+    variance = [std**2 for std in kdlib.PIXEL_STD]
+    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
+    x = layers.GlobalMaxPooling2D(name="pool")(body(x))
+    return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
+
+
+def _unit(x, width: int, *, kernel: int = 3, pool: bool = False):
+    x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
+    x = layers.MaxPooling2D()(x) if pool else x
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+
+def _residual_body(x):
+    # No convolution of 1x1 with a stride: see TensorFlow on AVX-512 with few channels.
+    x = _unit(x, 24, pool=True)
+    for width, pool in ((32, False), (48, True)):
+        x = _unit(x, width, pool=pool)
+        x = layers.Add()([x, _unit(_unit(x, width), width)])
+    return x
+
+
+def _separable_body(x):
+    x = _unit(x, 32, pool=True)
+    for width, pool in ((64, False), (128, True), (128, False), (192, False), (128, False)):
+        x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
+        x = _unit(x, width, kernel=1, pool=pool)
+    return x
+
+
+STUDENTS = {"vgg": None, "residual": residual_student, "separable": separable_student}
+TEACHERS = {"vgg": "teacher-seed0", "residual": "teacher-residual-seed0"}
+
+
+def _architectures() -> list[Experiment]:
+    """Part J of PROTOCOL.md: two teachers times three students, and each student from scratch.
+
+    The published teacher and its students are the pair vgg to vgg.
+    """
+    table = [Experiment("teacher-residual", weights=True, build=residual_teacher)]
+    for student, build in STUDENTS.items():
+        if build:
+            table.append(Experiment(f"scratch-{student}", TRIPLE, build=build))
+        table += [Experiment(f"distilled-{teacher}-to-{student}", TRIPLE, teacher=run, build=build)
+                  for teacher, run in TEACHERS.items() if (teacher, student) != ("vgg", "vgg")]
+    return table + [replace(each, dataset="digits", seeds=(0,)) for each in table]
+
+
+PUBLISHED = _published()  # what the notebooks show
+PLANNED = _recipe_choice() + _evidence() + _many_machines() + _methods() + _architectures()
+EXPERIMENTS = PUBLISHED + PLANNED
