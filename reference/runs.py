@@ -17,12 +17,11 @@ import filelock
 import kdlib
 import keras
 import numpy as np
-import scipy.special
 from kdlib import require
 from tqdm.auto import tqdm
 from tqdm.keras import TqdmCallback
 
-from reference import recipes, resume, store
+from reference import measures, recipes, resume, store
 from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
@@ -343,8 +342,7 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
         return predict_logits(teacher, images[which], role="teacher",
                               codes=None if codes is None else codes[which])
 
-    key = store.digest(VIEW_CODE, images,
-                       store.model_digest(teacher))
+    key = store.digest(VIEW_CODE, images, store.model_digest(teacher))
     path = runs_folder() / f"answers-{key[:16]}" / f"{name}.npy"
     if path.exists() and (kept := store.read_array(path)) is not None:
         some = np.linspace(0, len(images) - 1, 8).astype(int)
@@ -382,14 +380,7 @@ def _both_logits(model, dataset) -> dict[str, np.ndarray]:
 
 
 def _figures(logits, dataset, teacher) -> dict[str, float]:
-    log_p = scipy.special.log_softmax(logits["test"].astype("float64"), axis=-1)
-    guess, labels = log_p.argmax(-1), dataset.y_test
-    figures = {"val_accuracy": np.mean(logits["val"].argmax(-1) == dataset.y_val),
-               "test_accuracy": np.mean(guess == labels),
-               "nll": -log_p[np.arange(len(labels)), labels].mean(),
-               "ece": expected_calibration_error(np.exp(log_p), labels)}
-    return {**{key: round(float(value), 4) for key, value in figures.items()},
-            "agreement": _agreement(logits, dataset, teacher)}
+    return {**measures.figures(logits, dataset), "agreement": _agreement(logits, dataset, teacher)}
 
 
 def _agreement(logits, dataset, teacher) -> float | None:
@@ -397,14 +388,3 @@ def _agreement(logits, dataset, teacher) -> float | None:
         return None
     theirs = stored_answers(teacher, dataset, "test")
     return round(float(np.mean(logits["test"].argmax(-1) == theirs.argmax(-1))), 4)
-
-
-def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
-    """Mean gap between confidence and accuracy over equal bins of confidence.
-
-    Args: probabilities (N, classes), labels (N,). Source: Guo et al. 2017, section 2.
-    """
-    confidence, right = probabilities.max(-1), probabilities.argmax(-1) == labels
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
-    gaps = np.bincount(which, right - confidence, bins)
-    return float(np.abs(gaps).sum() / len(labels))

@@ -1,6 +1,6 @@
 """The losses against float64 NumPy, SciPy, Keras's own, closed forms, and on every backend."""
 
-from reference import runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import measures  # isort: skip  (first: keeps TensorFlow quiet)
 import json
 
 import kdlib
@@ -141,7 +141,7 @@ def test_logits_of_different_shapes_are_refused(shapes):
 def test_expected_calibration_error_by_hand():
     # Bin (0.8, 0.87]: confidence 0.82 twice, right once; bin of 0.55: right. Gaps: 0.64, 0.45.
     probabilities = np.array([[0.82, 0.18], [0.82, 0.18], [0.55, 0.45]])
-    got = runs.expected_calibration_error(probabilities, np.array([0, 1, 0]))
+    got = measures.expected_calibration_error(probabilities, np.array([0, 1, 0]))
     assert got == pytest.approx((abs(1 - 1.64) + 0.45) / 3)
 
 
