@@ -101,6 +101,10 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
     except optuna.TrialPruned:
         study.tell(number, state=optuna.trial.TrialState.PRUNED)
     else:
+        known = study.trials[number].intermediate_values
+        for epoch, value in enumerate(run.history["val_accuracy"]):
+            if epoch not in known:  # a run that was finished before, and only loaded
+                trial.report(value, epoch)
         study.tell(number, run.row["val_accuracy"])
 
 
