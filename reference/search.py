@@ -166,7 +166,8 @@ def _show(bar, search: Search) -> None:
 def table(search: Search) -> pd.DataFrame:
     """One row a trial, as in search.csv."""
     rows = [{"dataset": search.dataset, "trial": t.number, **t.params,
-             "state": t.state.name.lower(), "epochs_done": len(t.intermediate_values),
+             "state": t.state.name.lower(),
+             "epochs_done": 0 if t.last_step is None else t.last_step + 1,
              "epochs": search.recipe.epochs, "machine": store.machine(),
              "val_accuracy": t.value if t.value is not None else
              max(t.intermediate_values.items(), default=(0, np.nan))[1]}
