@@ -101,6 +101,10 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
     except optuna.TrialPruned:
         study.tell(number, state=optuna.trial.TrialState.PRUNED)
     else:
+        known = study.trials[number].intermediate_values
+        for epoch, value in enumerate(run.history["val_accuracy"]):
+            if epoch not in known:  # a run that was finished before, and only loaded
+                trial.report(value, epoch)
         study.tell(number, run.row["val_accuracy"])
 
 
@@ -162,7 +166,8 @@ def _show(bar, search: Search) -> None:
 def table(search: Search) -> pd.DataFrame:
     """One row a trial, as in search.csv."""
     rows = [{"dataset": search.dataset, "trial": t.number, **t.params,
-             "state": t.state.name.lower(), "epochs_done": len(t.intermediate_values),
+             "state": t.state.name.lower(),
+             "epochs_done": 0 if t.last_step is None else t.last_step + 1,
              "epochs": search.recipe.epochs, "machine": store.machine(),
              "val_accuracy": t.value if t.value is not None else
              max(t.intermediate_values.items(), default=(0, np.nan))[1]}

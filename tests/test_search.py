@@ -3,6 +3,7 @@
 from reference import runs, search  # isort: skip  (keeps TensorFlow quiet)
 import importlib.util
 
+import keras
 import pytest
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("optuna"),
@@ -35,7 +36,7 @@ class Fake:
             callback.params = {"epochs": recipe.epochs}
             for epoch in range(recipe.epochs):
                 callback.on_epoch_end(epoch, {"val_accuracy": value})
-        return runs.Run(None, {}, {"val_accuracy": value})
+        return runs.Run(None, {"val_accuracy": [value] * recipe.epochs}, {"val_accuracy": value})
 
 
 @pytest.fixture(autouse=True)
@@ -74,6 +75,14 @@ def test_a_search_that_was_cut_off_goes_on_as_it_would_have(monkeypatch, tmp_pat
     assert cut.trained[:cut_at] + cut.trained[cut_at + 1:] == whole.trained
     assert [t.params for t in got.trials] == [t.params for t in want.trials]
     assert [t.state for t in got.trials] == [t.state for t in want.trials]
+
+
+def test_a_run_that_was_only_loaded_counts_in_the_median(monkeypatch):
+    fake = Fake(monkeypatch)
+    monkeypatch.setattr(search, "Judged", lambda trial: keras.callbacks.Callback())
+    study = search.run(search.Search(), trials=2)
+    assert [len(trial.intermediate_values) for trial in study.trials] == [7, 7]
+    assert len(fake.trained) == 2
 
 
 def test_a_database_is_a_url(monkeypatch, tmp_path):
