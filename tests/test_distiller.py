@@ -373,6 +373,7 @@ for key in ("loss", "student_loss", "distillation_loss"):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_no_stderr_to_write_to():
     done = subprocess.run([sys.executable, "-c", "import os; os.close(2); import reference"],
                           cwd=ROOT)
@@ -460,6 +461,7 @@ DOORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_labels_that_no_class_has(door):
     """Too large, below -1, a fraction, nan: refused at each door, and no weight is lost."""
@@ -491,6 +493,7 @@ def test_an_unknown_label_is_minus_one_everywhere():
     distiller().fit(pairs(hidden), shuffle=False, verbose=0)
 
 
+@pytest.mark.slow
 def test_answers_that_are_no_numbers_cost_no_weight():
     answers = tiny(8).predict(IMAGES, verbose=0)
     answers[3, 3] = np.nan
@@ -573,6 +576,7 @@ def two_inputs(width, seed=0, *, named=False):
     return keras.Model({"a": a, "b": b} if named else [a, b], layers.Dense(3)(hidden))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The structure of `inputs`")
 @pytest.mark.parametrize("named", [False, True])
 def test_stored_answers_are_told_from_a_second_input(named):
@@ -604,6 +608,7 @@ def test_another_soft_loss():
     assert logs["distillation_loss"] == pytest.approx(2 * np.mean(gap**2), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_backup_and_restore_goes_on_exactly(tmp_path):
     class Stop(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
@@ -857,6 +862,7 @@ def test_its_examples_run():
     assert doctest.testmod(kdlib) == (0, 3)
 
 
+@pytest.mark.slow
 def test_importing_it_changes_nothing():
     code = ("import os, sys, keras, scipy.ndimage, sklearn.datasets, sklearn.model_selection; "
             "before, modules = dict(os.environ), set(sys.modules); import kdlib; "

@@ -114,6 +114,7 @@ def test_stored_logits_serve_as_well_as_live_ones():
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_stored_logits_are_the_ones_that_count():
     """Not the teacher's own: here they are somebody else's."""
     student, other = net(3, seed=1), net(4, seed=7).predict(X, verbose=0)

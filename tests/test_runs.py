@@ -506,6 +506,7 @@ def test_a_model_is_trained_further(data, tmp_path):
     assert further.history["loss"][0] < first.history["loss"][0]
 
 
+@pytest.mark.slow
 def test_agreement_is_with_the_teacher_at_hand(data):
     alone = train(data)
     assert alone.row["agreement"] is None
@@ -587,6 +588,7 @@ def test_fused_norm_reaches_into_nested_models():
 # --- identity: no old result for a new question ---
 
 
+@pytest.mark.slow
 def test_labels_changed_in_place_are_other_data(data):
     mine = replace(data, y_train=data.y_train.copy())
     first = train(mine)
@@ -612,6 +614,7 @@ def changing():
     return model
 
 
+@pytest.mark.slow
 def test_a_model_whose_code_changed_is_not_found_again(data, monkeypatch):
     first = train(data, build=changing)
     assert_same_weights(first, train(data, build=changing))
@@ -640,6 +643,7 @@ def test_damaged_answers_are_made_again(data, folder, damaged):
         np.testing.assert_array_equal(runs.stored_answers(teacher, data, "val"), first)
 
 
+@pytest.mark.slow
 def test_notes_that_somebody_changed_are_not_believed(data, folder):
     train(data)
     (path,) = folder.glob("digits-scratch*/model.json")
@@ -650,6 +654,7 @@ def test_notes_that_somebody_changed_are_not_believed(data, folder):
         assert train(data).row["test_accuracy"] < 0.9
 
 
+@pytest.mark.slow
 def test_a_run_of_other_libraries_is_loaded_with_a_word(data, monkeypatch):
     first = train(data)
     monkeypatch.setattr(store, "libraries", lambda: "tensorflow 1.0")
@@ -657,6 +662,7 @@ def test_a_run_of_other_libraries_is_loaded_with_a_word(data, monkeypatch):
         assert_same_weights(first, train(data))
 
 
+@pytest.mark.slow
 def test_a_published_run_of_other_code_is_trained_anew_with_a_word(data, folder, monkeypatch):
     """Two folders of the same spec differ in the digest of code: reference is found by name."""
     first = train(data)
@@ -674,6 +680,7 @@ def test_a_published_run_of_other_code_is_trained_anew_with_a_word(data, folder,
     assert len(list(folder.glob("*/model.keras"))) == 2
 
 
+@pytest.mark.slow
 def test_another_number_of_threads_is_named_on_resume(data, monkeypatch, folder):
     train_and_cut(data, monkeypatch, 1)
     monkeypatch.setattr(store, "machine", lambda: "1 cores, something else")
@@ -712,6 +719,7 @@ def test_a_prime_number_of_steps_trains_each_of_them(data):
     assert steps == [29, 58, 87]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "bfloat16"])
 def test_half_precision_teachers(data, policy):
     keras.config.set_dtype_policy(policy)

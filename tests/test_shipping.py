@@ -50,6 +50,7 @@ def files(student, digits, tmp_path_factory):
 # --- files ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind, apart, agreement", [
     ("float32", 1e-3, 1.0), ("float16", 0.05, 0.995), ("int8-weights", 1.5, 0.98),
     ("int8", 3.5, 0.98)])
