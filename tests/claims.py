@@ -48,6 +48,11 @@ def rates():
     return 100 * found.set_index(found.method.str[-4:]).val_accuracy
 
 
+def attention(name):
+    """Of a student in notebook 09: the loss of each of three stages."""
+    return printed(NOTEBOOK_9, rf"\n?{name} +([\d.]+) +([\d.]+) +([\d.]+)\n")[-1]
+
+
 def printed_text(name):
     return "".join(map(text_of, outputs(ROOT / name)))
 
@@ -257,8 +262,8 @@ def pulls(temperatures):
 GRID = np.geomspace(1, 256, 49)
 IMAGE = 1009  # the image of the series
 (NOTEBOOK_1, NOTEBOOK_2, NOTEBOOK_3, NOTEBOOK_4,
- NOTEBOOK_5, NOTEBOOK_6, NOTEBOOK_7, NOTEBOOK_8) = (
-    f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("0[1-8]*.ipynb")))
+ NOTEBOOK_5, NOTEBOOK_6, NOTEBOOK_7, NOTEBOOK_8, NOTEBOOK_9) = (
+    f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("0[1-9]*.ipynb")))
 CLAIMS = {"README.md": {
     "in each of which the distilled one is better":
         lambda: len(gains()) == 5 and (gains() > 0).all(),
@@ -562,6 +567,28 @@ CLAIMS = {"README.md": {
                  for n in (3, 28)] == [15, 1],
     "The three gains lie within 0.03 points of each other":
         lambda: 0 < np.ptp(patience()) < 0.035,
+}, NOTEBOOK_9: {
+    "maps of the same height and width, 128 channels of the teacher beside 40":
+        lambda: printed(
+            NOTEBOOK_9, r"maps \((\d+), (\d+), (\d+)\)") == [(8, 8, 128), (8, 8, 40)],
+    "about a third is there already, in either student":
+        lambda: all(30 < each < 40 for each, in printed(NOTEBOOK_9, r"(\d+)% of the teacher's sec")),
+    "**You should see** the largest loss for noise, and zero for a copy":
+        lambda: printed(NOTEBOOK_9, r"noise +: ([\d.]+)")[0] > max(
+            printed(NOTEBOOK_9, r"(?:scratch  |distilled): (\d\.\d+)\n"))
+        and printed(NOTEBOOK_9, r"turned and scaled: ([\d.]+)") == [(0,)],
+    "the same number for ordinary logits, and nan for the largest":
+        lambda: len(set(printed(
+            NOTEBOOK_9, r"times +1: as written +([\d.]+), methods.dkd +([\d.]+)")[0])) == 1
+        and "times 100: as written      nan" in printed_text(NOTEBOOK_9),
+    "has a smaller loss than its rival in each stage":
+        lambda: all(np.subtract(attention("with attention"), attention("labels alone")) < 0),
+    "its last stage is even nearer to the teacher's than those of the published students":
+        lambda: attention("with attention")[2] < min(attention(name)[2]
+                                                     for name in ("scratch", "distilled")),
+    "the distilled student is nearer to the teacher than the scratch student":
+        lambda: len(apart := printed(NOTEBOOK_9, r"mean difference ([\d.]+)")) == 2
+        and apart[0] > apart[1],  # scratch, then distilled
 }}
 NOT_MEASURED = {"README.md": {
     "Compare within a row": "advice",
@@ -726,4 +753,19 @@ NOT_MEASURED = {"README.md": {
     "and one more control": "what comes",
     "whether the teacher's time was wasted": "the claim above",
     "| controls (Figure 8.2) |": "of other data", "| two groups | too much": "of other data",
+}, NOTEBOOK_9: {
+    "something better to copy": "a question", "in at most ten lines each": "test_features",
+    "with a teacher's features, and": "what is learned here",
+    "The widths differ": "the output above",
+    "share of the variance": "a definition", "are the same images alike?": "a question",
+    "That copy has the same geometry": "arithmetic", "counts least where": "arithmetic",
+    "with one more loss": "test_features", "with the same weights see 5,000": "how it is done",
+    "averages the larger map": "methods.py", "distances between groups mean little": "advice",
+    "confuse alike?": "a question", "rise and fall together": "a question",
+    "has the same matrix": "an explanation", "Red pairs rise together": "how to read it",
+    "| you have | begin with |": "what each needs", "the same budget for all": "what comes",
+    "with the same number of trials for all": "advice",
+    "the same three tensors": "the output above",
+    "| CIFAR-10 | digits | | --- | --- | --- | | the image of the series | a truck | an eight |":
+    "of other data", "further behind their teacher": "what comes",
 }}
