@@ -572,7 +572,7 @@ CLAIMS = {"README.md": {
         lambda: printed(
             NOTEBOOK_9, r"maps \((\d+), (\d+), (\d+)\)") == [(8, 8, 128), (8, 8, 40)],
     "about a third is there already, in either student":
-        lambda: all(30 < each < 40 for each, in printed(NOTEBOOK_9, r"(\d+)% of the teacher's sec")),
+        lambda: all(30 < each < 40 for each, in printed(NOTEBOOK_9, r"(\d+)% of the teacher's s")),
     "**You should see** the largest loss for noise, and zero for a copy":
         lambda: printed(NOTEBOOK_9, r"noise +: ([\d.]+)")[0] > max(
             printed(NOTEBOOK_9, r"(?:scratch  |distilled): (\d\.\d+)\n"))
