@@ -35,7 +35,9 @@ def start(folder, *options):
     command = [sys.executable, "reference/experiments.py", "--dataset", "digits", "--cores", "1",
                *METHODS, *options]
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, env={**os.environ, "KD_RUNS_DIR": str(folder / "runs")})
+                            text=True, env={**os.environ, "KD_RUNS_DIR": str(folder / "runs")},
+                            # a job in the background of a shell would ignore Ctrl-C
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def finish(process):
