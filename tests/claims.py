@@ -593,7 +593,7 @@ CLAIMS = {"README.md": {
 NOT_MEASURED = {"README.md": {
     "Compare within a row": "advice",
     "speaks of one teacher": "says what the interval covers",
-    "Run all tests": "times",
+    "Run the tests": "times",
     "Best read in order": "advice",
     "see the same view of an image": "how it works",
     "give other numbers than those above": "other data", "something better to copy": "a question",

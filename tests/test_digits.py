@@ -9,8 +9,9 @@ from test_notebooks import NOTEBOOKS, run_nbval
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in NOTEBOOKS if path.stem[:2] not in ("07", "11")],
-                         ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [
+    pytest.param(path, marks=[pytest.mark.long] if path.stem[:2] in ("09", "10") else [])
+    for path in NOTEBOOKS if path.stem[:2] not in ("07", "11")], ids=lambda path: path.stem)
 def test_runs_on_digits(path, notebook_runs):
     run_nbval(
         "--nbval-lax", path, KD_DATASET="digits", KD_RETRAIN="0",

@@ -199,6 +199,7 @@ def test_04_1_a_constant_added_to_all_logits():
     assert float(hard(labels, logits)) == pytest.approx(float(hard(labels, logits + 7)), rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_04_2_a_student_that_never_sees_a_label(do):
     do("04", {'train_or_load("distilled"': 'train_or_load("distilled-no-labels"',
@@ -300,6 +301,7 @@ def test_07_1_what_a_test_for_a_positive_loss_finds():
     assert float(ops.mean(ops.sum(p + q, axis=-1))) == pytest.approx(2, abs=1e-5)  # 7
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_07_2_and_3_a_whole_batch_and_stored_answers_out_of_step(do):
     do("07", {"dataset.x_train[dataset.y_train == 1][:50]": "dataset.x_train[:50]"},

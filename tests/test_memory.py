@@ -92,6 +92,7 @@ def test_large_images_come_in_smaller_batches():
     assert runs.batch_size(np.zeros((1, 4000, 4000, 3))) == 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_images_of_224_pixels(tmp_path, monkeypatch):
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))

@@ -31,6 +31,7 @@ def test_two_processes_with_a_slice_each_are_one():
     assert [each["images"] for each in reports] == [one["images"] // 2] * 2
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_whole_batches_in_each_process_go_unnoticed():
     apart, reports, one = difference("whole", python_with("jax"))
@@ -45,6 +46,7 @@ def test_a_dataset_is_split():
     assert max(apart) < 1e-6
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_arrays_are_refused():
     reports = parallel.launch("arrays", python=python_with("jax"), timeout=500)
@@ -60,6 +62,7 @@ def test_two_devices(way, low, high):
     assert low <= apart < high
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_workers_with_fit_fail():
     """When this fails, say so in notebook 11: it works now."""
@@ -67,6 +70,7 @@ def test_several_workers_with_fit_fail():
     assert any("PerReplica" in report["error"] for report in reports)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_several_workers_in_an_own_loop_have_statistics_of_their_own():
     _, (a, b), _ = difference("workers-loop", sys.executable)

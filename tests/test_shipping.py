@@ -282,6 +282,7 @@ def test_what_is_not_rounded_is_refused():
         quantisation.make_rounded(tiny(), bits=1, calibration=np.zeros((1, 32, 32, 3), "uint8"))
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_training_wins_back_what_three_bits_lose(student, digits):
     teacher = quantisation.published("digits-teacher-seed0")
@@ -371,6 +372,7 @@ def test_the_server_refuses_a_damaged_file(content, files, tmp_path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_server_in_an_environment_without_tensorflow(files, student, digits, tmp_path):
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "small"], check=True)
@@ -574,6 +576,7 @@ def test_10_2_ten_images_agree_more_often(tmp_path):
     assert agreement[0] > agreement[1]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_10_2_ten_images_are_nearly_enough(do):  # noqa: F811
     assert "at most a few tenths of a point" in exercises("10")
