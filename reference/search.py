@@ -90,6 +90,7 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
         cluster.ready(sign, cores)
     study = search.study()
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
+    trial.set_user_attr("machine", store.machine())  # a worker's threads, not the driver's
     maker = cluster._maker()
     teacher = maker.make(*maker.find(search.dataset, "teacher-seed0"))
     label = "" if search.epochs is None else f"-{search.recipe.epochs}-epochs"
@@ -168,7 +169,7 @@ def table(search: Search) -> pd.DataFrame:
     rows = [{"dataset": search.dataset, "trial": t.number, **t.params,
              "state": t.state.name.lower(),
              "epochs_done": 0 if t.last_step is None else t.last_step + 1,
-             "epochs": search.recipe.epochs, "machine": store.machine(),
+             "epochs": search.recipe.epochs, "machine": t.user_attrs["machine"],
              "val_accuracy": t.value if t.value is not None else
              max(t.intermediate_values.items(), default=(0, np.nan))[1]}
             for t in search.study().trials if t.state.is_finished()]
