@@ -8,9 +8,12 @@ import pytest
 from test_notebooks import NOTEBOOKS, run_nbval
 
 
+LONG = ("02", "04", "08", "09", "10")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [
-    pytest.param(path, marks=[pytest.mark.long] if path.stem[:2] in ("09", "10") else [])
+    pytest.param(path, marks=[pytest.mark.long] if path.stem[:2] in LONG else [])
     for path in NOTEBOOKS if path.stem[:2] not in ("07", "11")], ids=lambda path: path.stem)
 def test_runs_on_digits(path, notebook_runs):
     run_nbval(

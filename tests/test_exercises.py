@@ -313,6 +313,7 @@ assert mixed[0.9].row["test_accuracy"] > 0.8 > 0.3 > mixed[0.1].row["test_accura
 # --- 08 ---
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
 @pytest.mark.slow
 def test_08_2_no_floor_for_three_pairs(do):
