@@ -174,17 +174,11 @@ def residual_teacher(num_classes: int = 10) -> keras.Model:
     pixels = keras.Input((32, 32, 3), name="pixels")
     variance = [std**2 for std in kdlib.PIXEL_STD]
     x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
-
-    def unit(x, width, *, kernel=3, pool=False):
-        x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
-        x = layers.MaxPooling2D()(x) if pool else x
-        return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
-
-    x = unit(unit(x, 24, kernel=2), 64, pool=True)
+    x = _unit(_unit(x, 24, kernel=2), 64, pool=True)
     for width, after in ((64, 96), (96, 128)):
-        x = layers.Add()([x, unit(unit(x, width), width)])
-        x = unit(x, after, pool=True)
-    x = layers.GlobalMaxPooling2D()(unit(x, 128))
+        x = layers.Add()([x, _unit(_unit(x, width), width)])
+        x = _unit(x, after, pool=True)
+    x = layers.GlobalMaxPooling2D()(_unit(x, 128))
     return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name="residual")
 
 
