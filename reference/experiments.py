@@ -149,19 +149,19 @@ def publish(run: runs.Run, each: Experiment) -> None:
         store.write_whole(runs.REFERENCE / "weights" / f"{name}.keras",
                           lambda aside: aside.write_bytes(content))
     if not each.choice:
-        _keep_answers(folder / "answers.npz", f"{each.dataset}-{each.method}", name)
+        _keep_answers(folder / "answers.npz", f"{each.dataset}-{each.method}")
     store.write_notes(target, notes)
     write_table()
 
 
-def _keep_answers(source: Path, experiment: str, name: str) -> None:
+def _keep_answers(source: Path, experiment: str) -> None:
     """The answers to each validation and test image, one file an experiment.
 
     ``NAME/val``, ``NAME/test``: float16 logits; the answered class is their argmax.
     """
     path = runs.REFERENCE / "answers" / f"{experiment}.npz"
     kept = dict(np.load(path)) if path.exists() else {}
-    kept |= {f"{name}/{part}": logits for part, logits in np.load(source).items()}
+    kept |= dict(np.load(source))
     store.write_whole(path, lambda aside: _save(aside, kept))
 
 

@@ -1,7 +1,14 @@
-"""The figures that a row of results.csv holds."""
+"""The figures that a row of results.csv holds, and the logits behind them."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
 
 import numpy as np
 import scipy.special
+
+from reference import store
 
 
 def figures(logits: dict[str, np.ndarray], dataset) -> dict[str, float]:
@@ -27,3 +34,35 @@ def expected_calibration_error(probabilities, labels, bins: int = 15) -> float:
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gaps = np.bincount(which, right - confidence, bins)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+# --- the logits behind them, as they are kept -----------------------------------------
+
+
+def halved(logits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Rounded to what half precision can hold, as float32. The answered class stays the same.
+
+    logits: arrays (N, classes).
+    """
+    return {part: _halved(each) for part, each in logits.items()}
+
+
+def _halved(logits):
+    half, best = logits.astype("float16"), logits.argmax(-1)
+    tied = np.flatnonzero(half.argmax(-1) != best)
+    half[tied, best[tied]] = np.nextafter(half.max(-1)[tied], np.float16(np.inf))
+    return half.astype("float32")
+
+
+def write_logits(path: Path, name: str, logits: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Keep a run's logits as float16 ``NAME/val`` and ``NAME/test``. Returns what was kept."""
+    half = halved(logits)
+    named = {f"{name}/{part}": each.astype("float16") for part, each in half.items()}
+    store.write_whole(path, lambda aside: np.savez(aside, **named))
+    return half
+
+
+def read_logits(path: Path, name: str) -> dict[str, np.ndarray] | None:
+    """A run's logits as they were kept, as float32; None where there are none to be read."""
+    with contextlib.suppress(*store.UNREADABLE), np.load(path) as kept:
+        return {part: kept[f"{name}/{part}"].astype("float32") for part in ("val", "test")}

@@ -42,11 +42,13 @@ CODE = store.digest(VIEW_CODE, store.code_digest(
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: the model, its history per epoch, and its row of results.csv."""
+    """A finished training: the model, its history per epoch, its row of results.csv, and its
+    logits for "val" and "test" images, rounded as measures.halved says."""
 
     model: keras.Model
     history: dict[str, list[float]]
     row: dict
+    logits: dict[str, np.ndarray] | None = None
 
     @property
     def name(self) -> str:
@@ -114,11 +116,10 @@ class Task:
         self._check(method)
         self.own, self.seed = build is not None, operator.index(seed)
         keras.utils.set_random_seed(self.seed)
-        default = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
-        self.model = (build or default)()
+        usual = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
+        self.model = (build or usual)()
         self.first_answers = _check_fits("build's model", self.model, dataset)
-        by_answers = self.answers is not None
-        by_teacher = self.distilled and not by_answers
+        by_teacher = self.distilled and answers is None
         self.spec = {
             "code": CODE, "dataset": dataset.name, "data": data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
@@ -127,7 +128,7 @@ class Task:
             "temperature": kdlib._number("temperature", temperature) if self.distilled else None,
             "alpha": kdlib._number("alpha", alpha) if self.distilled else None,
             "teacher": store.model_digest(self.teacher) if by_teacher else None,
-            "answers": store.digest(*self.answers) if by_answers else None,
+            "answers": None if answers is None else store.digest(*self.answers),
         }
         if trainer is not None:
             settings, code = trainer.identity()
@@ -154,12 +155,12 @@ class Task:
 
     def load(self, *, published: bool) -> Run | None:
         """The finished run of this task, from the runs folder or from reference."""
-        name = stem(self.spec)
-        places = [(self.folder / "model.json", self.folder / "model.keras")]
+        name, experiment = stem(self.spec), f"{self.dataset.name}-{self.spec['method']}"
+        places = [[self.folder / file for file in ("model.json", "model.keras", "answers.npz")]]
         if published:
-            places.append((REFERENCE / "rows" / f"{name}.json",
-                           REFERENCE / "weights" / f"{name}.keras"))
-        found = (_load(*place, self) for place in places if all(file.exists() for file in place))
+            places += [[REFERENCE / "rows" / f"{name}.json", REFERENCE / f"weights/{name}.keras",
+                        REFERENCE / f"answers/{experiment}.npz"]]
+        found = (_load(*place, self) for place in places if all(f.exists() for f in place[:2]))
         return next((run for run in found if run is not None), None)
 
     def train(self, callbacks=None) -> resume.Keeper:
@@ -224,8 +225,7 @@ class Task:
                "seconds": round(sum(history["seconds"])), "machine": keeper.machines[-1],
                "versions": store.libraries()}
         row = {key: row[key] for key in RESULT_COLUMNS}
-        half = {part: each.astype("float16") for part, each in logits.items()}
-        store.write_whole(self.folder / "answers.npz", lambda aside: np.savez(aside, **half))
+        half = measures.write_logits(self.folder / "answers.npz", stem(self.spec), logits)
         store.write_whole(self.folder / "model.keras", model.save)
         store.write_notes(self.folder / "model.json", {
             "spec": self.spec, "row": row, "history": history, "machines": keeper.machines,
@@ -234,7 +234,7 @@ class Task:
             "first_answers": self.first_answers.tolist()})
         for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
             leftover.unlink()
-        return Run(model, history, row)
+        return Run(model, history, row, half)
 
 
 def stem(row: dict) -> str:
@@ -269,8 +269,8 @@ def _check_fits(role: str, model, dataset) -> np.ndarray:
     return predict_logits(model, dataset.x_train[:2], role=role)
 
 
-def _load(notes: Path, weights: Path, task: Task) -> Run | None:
-    """The finished run in these two files, if it is the one that the task describes."""
+def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
+    """The finished run in these files, if it is the one that the task describes."""
     try:
         found = store.read_notes(notes)
         if store.text({**found["spec"], "code": CODE}) != store.text(task.spec) or not np.allclose(
@@ -292,10 +292,20 @@ def _load(notes: Path, weights: Path, task: Task) -> Run | None:
     if row["versions"] != store.libraries():
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is {store.libraries()}. "
                       "KD_RETRAIN=1 trains it anew.", stacklevel=5)
+    logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
     if task.teacher is not None and found["judge"] != store.model_digest(task.teacher):
-        logits = {"test": predict_logits(model, task.dataset.x_test)}
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
-    return Run(model, found["history"], row)
+    return Run(model, found["history"], row, logits)
+
+
+def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]:
+    """A run's logits as they were kept, if they are this model's; else it is asked again."""
+    found, parts = measures.read_logits(path, name), {"val": dataset.x_val, "test": dataset.x_test}
+    if found and all(len(found[part]) == len(images) and np.allclose(
+            found[part][:4], model(images[:4], training=False), rtol=1e-2, atol=1e-2)
+            for part, images in parts.items()):
+        return found
+    return measures.halved(_both_logits(model, dataset))
 
 
 # --- the teacher's answers ------------------------------------------------------------

@@ -9,6 +9,7 @@ import inspect
 import json
 import os
 import platform
+import re
 import textwrap
 import warnings
 import zipfile
@@ -20,7 +21,6 @@ import numpy as np
 import tensorflow as tf
 
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
-
 
 
 def text(value) -> str:
@@ -56,8 +56,7 @@ def architecture(model) -> str:
     def unnamed(value, named=False):
         """Names become numbers where they name a layer, and nowhere else."""
         if isinstance(value, dict):  # a dtype policy has a name alone, and keeps it
-            return {key: unnamed(part, key == "name" and len(value) > 1)
-                    for key, part in value.items()}
+            return {k: unnamed(v, k == "name" and len(value) > 1) for k, v in value.items()}
         if isinstance(value, list):  # [name, node, tensor] is a wire
             wire = len(value) == 3 and isinstance(value[1], int)
             return [unnamed(part, wire and k == 0) for k, part in enumerate(value)]
@@ -71,9 +70,9 @@ def code_digest(*functions) -> str:
     trees = []
     for function in functions:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        defined = (ast.FunctionDef, ast.ClassDef)
-        for node in (node for node in ast.walk(tree) if isinstance(node, defined)):
-            node.body = node.body[1:] if ast.get_docstring(node) else node.body
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+                node.body = node.body[1:]
         trees.append(ast.dump(tree))
     return digest(trees)
 
@@ -84,10 +83,9 @@ def libraries() -> str:
 
 def machine() -> str:
     """What rounding depends on besides the libraries: the number of threads, the processor."""
-    cpu, info = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    if info.exists():
-        lines = info.read_text().splitlines()
-        cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
+    cpu = found[1] if found else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = tf.config.threading.get_intra_op_parallelism_threads() or cores
     return f"{threads} cores, {cpu}"
@@ -132,19 +130,16 @@ def write_array(path: Path, array: np.ndarray) -> None:
 
 def read_array(path: Path) -> np.ndarray | None:
     """The array, left on the disk; or None with a warning where a bit of it changed."""
-    found, left = hashlib.sha256(), path.stat().st_size - 32
-    with open(path, "rb") as file:
-        while left > 0:
-            left -= len(part := file.read(min(left, 1 << 24)))
-            found.update(part)
-        if found.digest() == file.read():
+    if path.stat().st_size > 32:
+        content = np.memmap(path, "uint8", "r")
+        if hashlib.sha256(content[:-32]).digest() == content[-32:].tobytes():
             return np.load(path, mmap_mode="r", allow_pickle=False)
     warnings.warn(f"{path.name} in {path.parent.name} is damaged: it is made again.", stacklevel=2)
 
 
 def write_notes(path: Path, notes: dict) -> None:
-    notes = json.loads(text(notes))
-    write_whole(path, lambda aside: aside.write_text(text({**notes, "seal": digest(notes)})))
+    sealed = text(notes | {"seal": digest(json.loads(text(notes)))})
+    write_whole(path, lambda aside: aside.write_text(sealed))
 
 
 def read_notes(path: Path) -> dict:

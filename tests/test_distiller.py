@@ -483,6 +483,7 @@ def test_data_sets_without_labels_or_with_names():
                             verbose=0)
 
 
+@pytest.mark.slow
 def test_an_unknown_label_is_minus_one_everywhere():
     weights = np.array([1.0] * 16 + [0.0] * 16)
     hidden = np.where(weights == 1, LABELS, -1)
@@ -702,6 +703,7 @@ def test_stored_answers_are_split_with_their_images():
 # --- one mechanism, every door ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("door", [
     lambda made, x: made.predict(x, verbose=0),
     lambda made, x: made.fit(tf.data.Dataset.from_tensor_slices((x, LABELS)).batch(8),

@@ -47,13 +47,19 @@ def start(runs, result):
     return process
 
 
-@pytest.mark.slow
-def test_three_kills_at_random_moments(tmp_path):
-    whole, killed = tmp_path / "whole.npz", tmp_path / "killed.npz"
-    process = start(tmp_path / "whole", whole)
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The weights of a training that nobody stopped, and its seconds, compilation included."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    process = start(folder, folder / "whole.npz")
     ready = time.monotonic()
     assert process.wait() == 0, process.stderr.read()
-    length = time.monotonic() - ready  # of an undisturbed training, compilation included
+    return folder / "whole.npz", time.monotonic() - ready
+
+
+@pytest.mark.slow
+def test_three_kills_at_random_moments(undisturbed, tmp_path):
+    (whole, length), killed = undisturbed, tmp_path / "killed.npz"
     seed = 2531
     chance, kills = random.Random(seed), 0
     while kills < 3:
@@ -81,10 +87,9 @@ def same(whole, killed, seed):
 
 
 @pytest.mark.slow
-def test_a_notebook_kernel_is_interrupted_and_the_cell_run_again(tmp_path):
+def test_a_notebook_kernel_is_interrupted_and_the_cell_run_again(undisturbed, tmp_path):
     """Interrupt (the square button) after the first epochs, then the same cell once more."""
-    whole, again = tmp_path / "whole.npz", tmp_path / "again.npz"
-    assert start(tmp_path / "whole", whole).wait() == 0
+    whole, again = undisturbed[0], tmp_path / "again.npz"
     manager, client = start_new_kernel(env=environment(tmp_path / "again"), cwd=str(ROOT))
     try:
         cell = TRAINING.replace("sys.argv[1]", repr(str(again)))

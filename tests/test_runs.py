@@ -1,7 +1,8 @@
 """runs, store, experiments: what is found again, what survives, what is measured."""
 
-from reference import controls, experiments, plan, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, experiments, measures, plan, recipes, resume, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import contextlib
+import functools
 import json
 import shutil
 from dataclasses import replace
@@ -79,6 +80,7 @@ def train_and_cut(data, monkeypatch, after_epoch, **settings):
             train(data, **settings)
 
 
+@pytest.mark.slow
 def test_same_seed_same_weights(data, monkeypatch, tmp_path):
     first = train(data)
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "other"))
@@ -117,6 +119,7 @@ def test_a_damaged_state_is_named_and_the_one_before_taken(data, monkeypatch, fo
     assert_same_weights(whole, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["model.keras", "model.json"])
 def test_a_damaged_finished_run_is_named_and_trained_again(data, folder, which):
     first = train(data)
@@ -156,6 +159,7 @@ def test_a_state_of_other_versions_is_not_continued(data, monkeypatch, folder):
         train(data)
 
 
+@pytest.mark.slow
 def test_another_process_on_the_same_run(data, folder):
     run = train(data)
     (run_folder,) = folder.glob("digits-scratch*")
@@ -166,6 +170,7 @@ def test_another_process_on_the_same_run(data, folder):
     assert run.row["method"] == "scratch"
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_loaded_and_another_recipe_is_not(data, monkeypatch):
     first = train(data)
     monkeypatch.setattr(runs.Task, "train", lambda *a, **k: pytest.fail("trained again"))
@@ -193,6 +198,7 @@ def test_new_views_with_a_live_teacher_are_the_stored_ones(data):
     np.testing.assert_allclose(live.history["loss"], stored.history["loss"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_student_without_a_single_label(data):
     none = np.full_like(data.y_train, -1)
     run = train(replace(data, y_train=none), method="distilled", teacher=tiny(8))
@@ -498,6 +504,7 @@ def test_the_digest_of_a_model_ignores_names_and_heeds_all_else(tmp_path):
     assert store.model_digest(net()) != store.model_digest(model)
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_further(data, tmp_path):
     first = train(data, method="teacher")
     first.model.save(tmp_path / "teacher.keras")
@@ -644,6 +651,37 @@ def test_damaged_answers_are_made_again(data, folder, damaged):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("become", ["whole", "short", "another's", "gone"])
+def test_a_loaded_run_has_the_logits_of_its_model(data, folder, become):
+    run = train(data)
+    (path,) = folder.glob("*/answers.npz")
+    if become == "short":
+        path.write_bytes(path.read_bytes()[:-50])
+    elif become == "another's":
+        kept = {name: logits[::-1] for name, logits in np.load(path).items()}
+        np.savez(path, **kept)
+    elif become == "gone":
+        path.unlink()
+    loaded = train(data)
+    for part, images in (("val", data.x_val), ("test", data.x_test)):
+        want = run.model.predict(images, verbose=0)
+        for logits in (run.logits[part], loaded.logits[part]):
+            assert logits.dtype == "float32"
+            np.testing.assert_allclose(logits, want, rtol=1e-3, atol=1e-4)
+            np.testing.assert_array_equal(logits.argmax(-1), want.argmax(-1))
+
+
+def test_half_precision_keeps_the_answered_class():
+    """Logits closer to each other than half precision can tell."""
+    rng = np.random.default_rng(0)
+    logits = np.float32(20 + 1e-3 * rng.normal(size=(500, 10)))
+    assert np.mean(logits.astype("float16").argmax(-1) == logits.argmax(-1)) < 0.9
+    half = measures.halved({"val": logits})["val"]
+    np.testing.assert_array_equal(half, half.astype("float16"))
+    np.testing.assert_array_equal(half.argmax(-1), logits.argmax(-1))
+    np.testing.assert_allclose(half, logits, atol=2 * 2**-6)  # the steps between 16 and 32
+
+
 def test_notes_that_somebody_changed_are_not_believed(data, folder):
     train(data)
     (path,) = folder.glob("digits-scratch*/model.json")
@@ -840,6 +878,26 @@ def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
         "digits-teacher-seed0.keras"]
 
 
+published_data = functools.cache(kdlib.load_dataset)
+
+
+@pytest.mark.parametrize("path", sorted((runs.REFERENCE / "answers").glob("*.npz")),
+                         ids=lambda path: path.stem)
+def test_published_answers_give_the_published_figures(path):
+    name = path.stem.split("-")[0]
+    if name == "cifar10" and not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
+    dataset = published_data(name)
+    for stem in {key.partition("/")[0] for key in np.load(path)}:
+        row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
+        logits = measures.read_logits(path, stem)
+        assert row["val_accuracy"] == np.mean(logits["val"].argmax(-1) == dataset.y_val).round(4)
+        assert row["test_accuracy"] == np.mean(logits["test"].argmax(-1) == dataset.y_test).round(4)
+        nll = scipy.special.logsumexp(logits["test"], axis=-1) - logits["test"][
+            np.arange(len(dataset.y_test)), dataset.y_test]
+        assert row["nll"] == pytest.approx(nll.mean(), abs=2e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
                          + ["cifar10-distilled-100-epochs-seed0"])
@@ -847,7 +905,7 @@ def test_published_weights_give_the_published_figures(stem):
     name = stem.split("-")[0]
     if name == "cifar10" and not CIFAR10.exists():
         pytest.skip("no cifar10.npz in KD_DATA_DIR")
-    dataset = kdlib.load_dataset(name)
+    dataset = published_data(name)
     weights = runs.REFERENCE / "weights"
     teacher = keras.saving.load_model(weights / f"{name}-teacher-seed0.keras")
     row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
@@ -856,3 +914,6 @@ def test_published_weights_give_the_published_figures(stem):
     for key, value in got.items():
         if value is not None:
             assert row[key] == pytest.approx(value, abs=0.003), key
+    kept = measures.read_logits(runs.REFERENCE / "answers" / f"{name}-{row['method']}.npz", stem)
+    live = runs.predict_logits(model, dataset.x_val)
+    np.testing.assert_allclose(kept["val"], live, rtol=2e-3, atol=2e-2)

@@ -434,6 +434,7 @@ def test_quantisation_is_a_tidy_table():
         assert row.test_accuracy == pytest.approx(published, abs=2e-4)
 
 
+@pytest.mark.slow
 def test_no_arm_is_missing():
     assert not quantisation.missing(
         QUANTISATION, [(arm, quantisation.recipe_for(kdlib.load_dataset("digits")))
@@ -560,6 +561,7 @@ def test_an_exercise_that_was_not_done_is_told_so():
         exec(checking_cell("10").replace("DONE = False", "DONE = True"), space)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
 def test_10_2_ten_images_agree_more_often(tmp_path):
     assert "On CIFAR-10 their file even agrees with Keras more often" in exercises("10")
