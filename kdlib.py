@@ -15,9 +15,9 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import scipy.ndimage
 import sklearn.datasets
 from keras import layers, ops
+from scipy import ndimage
 from sklearn.model_selection import train_test_split
 
 
@@ -92,8 +92,9 @@ def _cifar10() -> Dataset:
             f"{', '.join(CIFAR10_FILES)}. Correct it, or set KD_DATASET=digits.", FileNotFoundError)
     parts = None if path else keras.datasets.cifar10.load_data()
     try:
-        parts = zip(parts or _read(path), CIFAR10_SHA256, strict=True)
-        (x, y), test = [_by_content(*part, sha256) for part, sha256 in parts]
+        (x, y), test = parts = [_by_content(*part) for part in parts or _read(path)]
+        found = tuple(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in parts)
+        require(found == CIFAR10_SHA256, "these are not the official images and labels")
     except Exception as error:  # whatever a damaged file can do to its reader
         raise ValueError(f"{path or 'The download'} is damaged, or not CIFAR-10: {error}. Fetch "
                          "it again, or set KD_DATASET=digits.") from None
@@ -120,25 +121,22 @@ def _read(path: Path):
 class _OnlyArrays(pickle.Unpickler):
     def find_class(self, module, name):
         """Make NumPy arrays, and run no other code, whatever a file asks for."""
-        known = module.startswith("numpy") and name in ("_reconstruct", "ndarray", "dtype")
-        require(known or (module, name) == ("_codecs", "encode"), f"it asks for {module}.{name}")
-        return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+        known = {"numpy": ("_reconstruct", "ndarray", "dtype"), "_codecs": ("encode",)}
+        require(name in known.get(module.split(".")[0], ()), f"it asks for {module}.{name}")
+        return super().find_class(module, name)
 
 
-def _by_content(x, y, sha256: str):
+def _by_content(x, y):
     """Copies of CIFAR-10 come in different orders. Sorted by a hash of their pixels, all are split
     alike, and no published teacher has seen *your* validation images."""
     order = np.argsort([hashlib.sha1(image.tobytes()).digest() for image in x], kind="stable")
-    x, y = x[order], y.reshape(-1)[order].astype("int32")
-    require(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() == sha256,
-            "these are not the official images and labels")
-    return x, y
+    return x[order], y.reshape(-1)[order].astype("int32")
 
 
 def _digits() -> Dataset:
     """scikit-learn's 1,797 handwritten digits, made hard: small, tilted, on noise."""
     digits = sklearn.datasets.load_digits()
-    y = digits.target.astype("int32")
+    ink, y = digits.images / 16, digits.target.astype("int32")
     rest, test = train_test_split(np.arange(len(y)), test_size=447, stratify=y, random_state=0)
     train, val = train_test_split(rest, test_size=150, stratify=y[rest], random_state=0)
 
@@ -147,13 +145,12 @@ def _digits() -> Dataset:
         angle, size = rng.uniform(-0.5, 0.5), rng.uniform(1.8, 3.0)
         centre = 15.5 + rng.uniform(-1, 1, 2) * (15.5 - 4 * size)
         turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) / size
-        ink = scipy.ndimage.affine_transform(digits.images[k] / 16, turn, 3.5 - turn @ centre,
-                                             output_shape=(32, 32), order=1)
+        drawn = ndimage.affine_transform(ink[k], turn, 3.5 - turn @ centre, (32, 32), order=1)
         paper = rng.uniform(60, 195, 3)
         pen = paper + rng.choice([-1, 1]) * rng.uniform(50, 100, 3)  # darker or lighter
-        blotches = scipy.ndimage.gaussian_filter(rng.normal(0, 1, (32, 32, 3)), (2, 2, 0))
+        blotches = ndimage.gaussian_filter(rng.normal(0, 1, (32, 32, 3)), (2, 2, 0))
         noise = 85 * blotches + rng.normal(0, 12, (32, 32, 3))
-        return np.clip(np.rint(paper + ink[..., None] * (pen - paper) + noise), 0, 255)
+        return np.clip(np.rint(paper + drawn[..., None] * (pen - paper) + noise), 0, 255)
 
     parts = []
     for chosen, times in ((train, 2), (val, 1), (test, 1)):
@@ -184,26 +181,23 @@ def augment(images: np.ndarray, codes: np.ndarray) -> np.ndarray:
 
 
 # --- models ---------------------------------------------------------------------------
-
 def build_teacher(num_classes: int = 10) -> keras.Model:
     """VGG-like teacher: pixels (N, 32, 32, 3) in 0 to 255 in, logits (N, num_classes) out.
     3x3 convolutions in stages, pooling between them (Simonyan and Zisserman 2015, section 2)."""
     stages = ((24, 64), (64, 128), (128, 128), (128,))
-    return _vgg(stages, num_classes=num_classes, first_kernel=2, dropout=0.2, name="teacher")
+    return _vgg(stages, num_classes=num_classes, name="teacher", kernel=2, dropout=0.2)
 
 
 def build_student(num_classes: int = 10) -> keras.Model:
     """A sixth of the teacher's size; no Dropout."""
-    stages = ((24,), (40, 40), (72, 56))
-    return _vgg(stages, num_classes=num_classes, first_kernel=3, dropout=0.0, name="student")
+    return _vgg(((24,), (40, 40), (72, 56)), num_classes=num_classes, name="student")
 
 
-def _vgg(stages, *, num_classes: int, first_kernel: int, dropout: float, name: str):
+def _vgg(stages, *, num_classes: int, name: str, kernel: int = 3, dropout: float = 0.0):
     pixels = keras.Input((32, 32, 3), name="pixels")
     # Inside the model, so that nobody can feed it differently normalised images.
     variance = [std**2 for std in PIXEL_STD]
     x = layers.Normalization(mean=PIXEL_MEAN, variance=variance, name="normalization")(pixels)
-    kernel = first_kernel
     for stage, widths in enumerate(stages, start=1):
         for k, width in enumerate(widths, start=1):
             tag = f"{stage}_{k}"
@@ -213,14 +207,13 @@ def _vgg(stages, *, num_classes: int, first_kernel: int, dropout: float, name: s
                 x = layers.MaxPooling2D(name=f"pool{stage}")(x)
             x = layers.BatchNormalization(momentum=0.9, name=f"norm{tag}")(x)
             x = layers.ReLU(name=f"relu{tag}")(x)
-            kernel = 3
+            kernel = 3  # of every layer but the first
     x = layers.GlobalMaxPooling2D(name=f"pool{len(stages)}")(x)
     x = layers.Dropout(dropout, name="dropout")(x) if dropout else x
     return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
 
 
 # --- losses ---------------------------------------------------------------------------
-
 def soften(logits, temperature: float):
     """Soft labels, ``softmax(logits / T)``: probabilities of the same shape (..., classes).
     Raises TypeError, ValueError for a bad T. Source: Hinton et al. 2015, section 2, equation 1.
@@ -233,7 +226,6 @@ def soften(logits, temperature: float):
 
 def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     """``T^2 * KL(p || q)``, batch mean, of the softened teacher p and student q: a scalar >= 0.
-
     ``KL(p || q) = sum(p * log(p / q))`` over the classes, in nats. T^2 is included: the
     gradient of KL shrinks as 1 / T^2, and the factor keeps its size when T changes.
     Logits are (batch, classes), before the softmax; a teacher's may be -inf: probability 0.
@@ -280,14 +272,12 @@ def _number(name: str, value) -> float:
     advice = {"temperature": "It divides the logits: positive and finite, typically 2 to 8.",
               "alpha": "It is the weight of the hard labels, from 0 to 1."}[name]
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    require(real, f"{name} is {value!r}, a {type(value).__name__}. {advice}", TypeError)
-    fits = 0 < value < math.inf if name == "temperature" else 0 <= value <= 1
-    require(fits, f"{name} is {value}. {advice}")
+    fits = real and (0 < value < math.inf if name == "temperature" else 0 <= value <= 1)
+    require(fits, f"{name} is {value!r}. {advice}", ValueError if real else TypeError)
     return float(value)
 
 
 # --- what is refused ------------------------------------------------------------------
-
 def _inputs(model) -> list[tuple]:
     return [tuple(tensor.shape[1:]) for tensor in getattr(model, "inputs", None) or ()]
 
@@ -304,14 +294,11 @@ def check_model(role: str, model) -> int | None:
     """The number of logits that a model gives, asked about two images of noise."""
     require(isinstance(model, keras.Model) and model.built, f"{role} is a {type(model).__name__}. "
             "Give a built Keras model: call it once on images, of a Run take .model.", TypeError)
-    asked = getattr(model, "inputs", None)
-    built = (model.get_build_config() or {}).get("input_shape")  # of a subclassed model
-    if not asked and not isinstance(built, tuple):
+    asked = (model.get_build_config() or {}).get("input_shape") or getattr(model, "input", None)
+    if asked is None:
         return None  # its first batch will tell
-    rng = np.random.default_rng(0)
-    noise = [ops.cast(rng.integers(0, 256, (2, *(n or 32 for n in each.shape[1:]))), each.dtype)
-             for each in asked or [keras.KerasTensor(built)]]
-    noise = keras.tree.pack_sequence_as(model.input, noise) if len(noise) > 1 else noise[0]
+    noise = keras.tree.map_shape_structure(lambda each: np.random.default_rng(0).uniform(
+        0, 255, [n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
     answers, last = model(noise, training=False), (model.layers or [None])[-1]
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
@@ -327,12 +314,11 @@ def check_images(role: str, model, images):
     """Return the images if their size and scale are those that the model was built for."""
     expected, shape = _inputs(model), tuple(getattr(images, "shape", None) or ())
     # None in a graph: the size changed between batches, or the pipeline does not know it.
-    fits = len(expected) != 1 or not shape or (_agree(shape[1:], expected[0])
-                                               and shape[1:].count(None) <= expected[0].count(None))
+    fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
     require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
             "keras.ops.image.resize, or set_shape where the size is right.")
-    require(not isinstance(images, np.ndarray) or bool(_are_raw(model, images)), "images are at "
-            f"most 1, but the {role} takes raw pixels from 0 to 255, and normalises them itself.")
+    require(not isinstance(images, np.ndarray) or _are_raw(model, images), "images are at most 1, "
+            f"but the {role} takes raw pixels from 0 to 255, and normalises them itself.")
     return images
 
 
@@ -352,8 +338,8 @@ def _guarded(method):
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
         callbacks, split = call.arguments.get("callbacks"), self._split(call.arguments.get("x"))
-        images, stored = (ops.convert_to_numpy(part[:64]) if ops.is_tensor(part)
-                          or isinstance(part, np.ndarray) else part for part in split)
+        images, stored = (ops.convert_to_numpy(part[:64]) if hasattr(part, "__array__") else part
+                          for part in split)
         check_images("student", self.student, images)
         require(not isinstance(stored, np.ndarray) or not _are_probabilities(stored),
                 "teacher_logits are probabilities. Store what comes before the softmax, or np.log.")
@@ -367,19 +353,16 @@ def _guarded(method):
 def _look(batch, logs):
     hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
     require(hard != -math.inf, f"images in batch {batch} are not raw pixels from 0 to 255.")
-    hard, soft = math.isfinite(hard), math.isfinite(soft)
-    require(hard or not soft, f"labels in batch {batch} are neither class numbers nor -1, unknown, "
-            "or a sample_weight is not finite.")
-    require(soft or not hard, f"teacher_logits in batch {batch} hold nan or infinity.")
-    require(hard, f"loss in batch {batch} is not finite: the training has diverged. Lower the "
-            "learning rate.", FloatingPointError)
+    require(math.isfinite(hard) or math.isfinite(soft), f"loss in batch {batch} is not finite: the "
+            "training has diverged. Lower the learning rate.", FloatingPointError)
+    require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
+            "unknown, or a sample_weight is not finite.")
+    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan or infinity.")
 
 
 # --- distiller ------------------------------------------------------------------------
-
 class Distiller(keras.Model):
     """Train a student on hard labels and on a teacher's soft labels (Hinton et al. 2015).
-
     ``loss = alpha * student_loss + (1 - alpha) * distillation_loss`` (+ regularisers).
     compile, fit, evaluate and predict take what Keras's take: ``fit(images, labels)`` asks the
     teacher live, ``fit((images, teacher_logits), labels)`` uses stored answers. Where a label is
@@ -411,10 +394,9 @@ class Distiller(keras.Model):
         self.save_weights = self._with_optimizer(student.save_weights)
         self.load_weights = self._with_optimizer(student.load_weights)
 
-        def ask(images):  # in a closure Keras does not find the teacher: it is not trained or saved
+        def ask(x):  # in a closure Keras does not find the teacher: it is not trained or saved
             require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
-            images = check_images("teacher", teacher, images)
-            return ops.stop_gradient(teacher(images, training=False))
+            return ops.stop_gradient(teacher(check_images("teacher", teacher, x), training=False))
 
         self._ask_teacher = ask
 
