@@ -17,6 +17,10 @@ from sklearn.model_selection import train_test_split
 # --- controls: what a student learns from a teacher that knows less -------------------
 
 
+def _softened(logits, temperature: float):
+    return scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+
+
 def smoothed(logits, labels, temperature: float):
     """Label smoothing with the mean entropy of the teacher's soft labels.
 
@@ -24,7 +28,7 @@ def smoothed(logits, labels, temperature: float):
     labels (N,); returns logits. Source: Szegedy et al. 2016, section 7.
     """
     classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+    soft = _softened(logits, temperature)
     wanted = scipy.special.entr(soft).sum(-1).mean()
 
     def excess(wrong):
@@ -42,7 +46,7 @@ def evened(logits, labels, temperature: float):
     The true class keeps its softened probability; the rest is spread evenly.
     """
     classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+    soft = _softened(logits, temperature)
     sure = np.clip(soft[np.arange(len(labels)), labels], 1e-12, 1 - 1e-12)[:, None]
     even = np.where(np.arange(classes) == labels[:, None], sure, (1 - sure) / (classes - 1))
     return temperature * np.log(even)
@@ -70,7 +74,7 @@ def top(logits, labels, temperature: float, *, k: int):
     k probabilities. Source: Shen and Xing 2022 (marginal smoothing).
     """
     classes = logits.shape[-1]
-    soft = scipy.special.softmax(logits.astype("float64") / temperature, axis=-1)
+    soft = _softened(logits, temperature)
     kept = np.argsort(-soft, axis=-1)[:, :k]
     probabilities = np.take_along_axis(soft, kept, -1)
     rest = np.clip(1 - probabilities.sum(-1, keepdims=True), 1e-12, None) / (classes - k)

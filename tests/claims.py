@@ -173,7 +173,35 @@ def printed(name, pattern):
     """Numbers in the outputs of a committed notebook, by a pattern with groups."""
     found = re.findall(pattern, "".join(map(text_of, outputs(ROOT / name))))
     assert found, f"{name} does not print {pattern}"
-    return [tuple(map(float, each if isinstance(each, tuple) else (each,))) for each in found]
+    return [tuple(float(number.replace(",", "")) for number in (
+        each if isinstance(each, tuple) else (each,))) for each in found]
+
+
+def search_best():
+    """Notebook 11: the best finished trial so far, validation, by trial."""
+    trials = pd.read_csv(ROOT / "reference" / "search.csv").query("dataset == 'digits'")
+    return 100 * trials.val_accuracy.where(trials.state == "complete").cummax().ffill()
+
+
+def band():
+    """Notebook 11: one setting, five seeds, digits."""
+    return rows("distilled", dataset="digits")[4.0, 0.1]
+
+
+def map_of_digits():
+    return rows("distilled-7-epochs", dataset="digits").xs(0, level="seed")
+
+
+def growth(figure):
+    """A measured cost at its largest size, as a multiple of that at its smallest."""
+    costs = pd.read_csv(ROOT / "reference" / "scaling.csv").query("figure == @figure")
+    return costs.value.iloc[-1] / costs.value.iloc[0]
+
+
+def paper(row):
+    """Notebook 11: a row of its table on paper. CIFAR-10, ImageNet, a billion images."""
+    (found,) = printed(NOTEBOOK_11, rf"\n{row}, GB +([\d,.]+) +([\d,.]+) +([\d,.]+)")
+    return found
 
 
 def hesitant_images():
@@ -261,8 +289,8 @@ def pulls(temperatures):
 GRID = np.geomspace(1, 256, 49)
 IMAGE = 1009  # the image of the series
 (NOTEBOOK_1, NOTEBOOK_2, NOTEBOOK_3, NOTEBOOK_4,
- NOTEBOOK_5, NOTEBOOK_6, NOTEBOOK_7, NOTEBOOK_8, NOTEBOOK_9) = (
-    f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("0[1-9]*.ipynb")))
+ NOTEBOOK_5, NOTEBOOK_6, NOTEBOOK_7, NOTEBOOK_8, NOTEBOOK_9, NOTEBOOK_10, NOTEBOOK_11) = (
+    f"notebooks/{path.name}" for path in sorted((ROOT / "notebooks").glob("*.ipynb")))
 CLAIMS = {"README.md": {
     "in each of which the distilled one is better":
         lambda: len(gains()) == 5 and (gains() > 0).all(),
@@ -590,6 +618,24 @@ CLAIMS = {"README.md": {
     "the distilled student is nearer to the teacher than the scratch student":
         lambda: len(apart := printed(NOTEBOOK_9, r"mean difference ([\d.]+)")) == 2
         and apart[0] > apart[1],  # scratch, then distilled
+}, NOTEBOOK_11: {
+    "After half of the epochs it is a good one":
+        lambda: (r := [row[1] for row in printed(
+            NOTEBOOK_11, r"after epoch (\d): .* with the last ([+-][\d.]+)")])[3] > 0.7 > r[0],
+    "is soon near the grey band, and doesn't rise after that":
+        lambda: search_best()[3] == search_best().iloc[-1]
+        and 0 <= band().min() - search_best()[3] < 1,
+    "It ends below the best of the grid": lambda: search_best().iloc[-1] < map_of_digits().max(),
+    "the band is as wide as the distance":
+        lambda: np.ptp(band()) > 0.99 * (map_of_digits().max() - search_best().iloc[-1]),
+    "An epoch grows with the data and answers grow with the views; classes cost little":
+        lambda: 3.5 < growth("student, epoch, times the data") < 4.5
+        and 3.5 < growth("teacher, answers, views") < 4.5
+        and growth("student, epoch, classes") < 1.1,
+    "the top five take a hundredth of the whole answers":
+        lambda: round(np.divide(*(paper(row)[1] for row in ("answers", "answers, top 5")))) == 100,
+    "The network of ImageNet carries less than its images":
+        lambda: paper("network a worker")[1] < paper("images")[1],
 }}
 NOT_MEASURED = {"README.md": {
     "Compare within a row": "advice",
@@ -769,4 +815,17 @@ NOT_MEASURED = {"README.md": {
     "the same three tensors": "the output above",
     "| CIFAR-10 | digits | | --- | --- | --- | | the image of the series | a truck | an eight |":
     "of other data", "further behind their teacher": "what comes",
+}, NOTEBOOK_11: {
+    "It needs three more packages": "a count", "so more cores finish more": "the cell below",
+    "at the same path": "a rule", "At most one epoch is lost": "test_cluster",
+    "They are equal to the last bit": "test_cluster", "Where the figures differ": "an explanation",
+    "training makes the difference grow": "an explanation",
+    "lies below the median of the others": "test_search", "as a hint at most": "advice",
+    "two correct trainings differ by": "test_parallel", "its own half of the batch": "how it works",
+    "## How does the cost grow?": "a question", "twice the data or a hundred": "a question",
+    "Four ways out": "a list", "What does a shortened answer lose?": "a question",
+    "four assumptions that you may change": "assumptions",
+    "hours and bytes grow in proportion": "arithmetic", "most of them are pixels": "arithmetic",
+    "Cost grows with images, views and pixels": "the claims above",
+    "fall to a twentieth": "arithmetic", "can't tell good settings": "the claim before it",
 }}

@@ -318,6 +318,9 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, digits):
     monkeypatch.setattr(quantisation, "measure", lambda *args, **more: pytest.fail("made twice"))
     quantisation.main([*command, "--seeds", "0"])
     pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "rows.csv"), first)
+    wanted = [(arm, quantisation.recipe_for(few, epochs=2)) for arm in quantisation.ARMS]
+    lacking = quantisation.missing(first, wanted, "digits", [0])
+    assert [arm.method for arm, *_ in lacking] == ["aware-distilled"]  # two epochs are not one
 
 
 # --- the server ---
