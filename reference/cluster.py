@@ -59,8 +59,14 @@ def connected(*, workers: int, cores: int, address: str | None = None):
     settings = {key: value for key, value in os.environ.items() if key.startswith(("KD_", "TF_"))}
     settings |= {"KD_RUNS_DIR": str(runs.runs_folder()), "PYTHONPATH": str(runs.ROOT)}
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR",
-                 runtime_env={"env_vars": settings}, **own)
+        try:
+            ray.init(address=address or "local", log_to_driver=False, logging_level="ERROR",
+                     runtime_env={"env_vars": settings}, **own)
+        except ConnectionError as error:
+            raise ConnectionError(
+                f"address is {address!r}: {error}. Start a cluster there with ray start --head. If "
+                "it asks for a token, as Ray does by default, set RAY_AUTH_MODE=token here, and "
+                "copy the head's ~/.ray/auth_token to every machine.") from None
         yield ray
     finally:  # workers of this driver end with it, also after Ctrl-C
         ray.shutdown()

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import psutil
@@ -130,6 +131,18 @@ def test_without_ray_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(experiments, "missing", lambda chosen: [])
     with pytest.raises(SystemExit, match="pip install -r reference/requirements-cluster.txt"):
         experiments.main(["--workers", "2"])
+
+
+def test_a_cluster_that_does_not_let_us_in_is_named(monkeypatch):
+    """Ray says no more than that it cannot connect, also where a token is missing."""
+    def init(**given):
+        raise ConnectionError("Failed to connect")
+
+    fake = types.SimpleNamespace(init=init, shutdown=lambda: None)
+    monkeypatch.setitem(sys.modules, "ray", fake)
+    with pytest.raises(ConnectionError, match="address is 'head:6379': .*RAY_AUTH_MODE=token"):
+        with cluster.connected(workers=1, cores=1, address="head:6379"):
+            pass
 
 
 def test_a_worker_that_sees_another_folder_says_so(tmp_path, monkeypatch):
