@@ -128,7 +128,7 @@ if sys.argv[1:] == ["pytorch"]:  # a line in: which burst, with which arguments.
 # --- this process ---------------------------------------------------------------------
 
 sys.path.insert(0, str(ROOT))
-from reference import recipes, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, plan, recipes, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -214,14 +214,20 @@ def predict_logits(model, images, *, role=None, clock):
     return model.predict(images, batch_size=500, verbose=0, callbacks=[clock])
 
 
-def fitting(dataset, role, steps, *, teacher=None, answers=None, **changes):
-    """A burst: so many steps of ``fit``, as in runs.Task.train."""
+def fitting(dataset, role, steps, *, teacher=None, answers=None, make=None, **changes):
+    """A burst: so many steps of ``fit``, as in runs.Task.train. make: a features.Trainer."""
     recipe = replace(runs.recipe_for(dataset, role), epochs=1, views=1, **changes)
     images = slice(steps * recipe.batch_size)
     short = replace(dataset, x_train=dataset.x_train[images], y_train=dataset.y_train[images])
     model = getattr(kdlib, f"build_{role}")()
-    trainer = keras.Sequential([model]) if teacher is None else kdlib.Distiller(
-        student=model, teacher=teacher, temperature=4, alpha=0.1)
+    if teacher is None:
+        trainer = keras.Sequential([model])
+    elif make is None:
+        trainer = kdlib.Distiller(student=model, teacher=teacher, temperature=4, alpha=0.1)
+    else:
+        trainer = make(student=model, teacher=teacher, temperature=4, alpha=0.1,
+                       labels=short.y_train)
+        answers = make.lend(answers)
     trainer.compile(
         optimizer=runs.make_optimizer(recipe, 10_000, last_layer="logits"), jit_compile=False,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=[],
@@ -287,6 +293,32 @@ def distilling(dataset, rounds):
     yield ratio("live_distill_over_scratch_epoch", times, "live", "scratch")
 
 
+def methods(dataset, rounds):
+    """A step of each method of notebook 09, beside a distilling one with stored answers; and the
+    peak of a process that makes 24 of them."""
+    teacher, steps = kdlib.build_teacher(), 12
+    answers = np.random.default_rng(0).normal(0, 3, (1, steps * 125, 10)).astype("float32")
+    burst = functools.partial(fitting, dataset, "student", steps, teacher=teacher, answers=answers)
+    times = in_turn({"plain": burst()} | {name: burst(make=own_trainer(name))
+                                          for name in features.METHODS}, -(-rounds // 3))
+    code = ("import sys; sys.path.insert(0, 'tests'); import benchmark, kdlib, numpy as np;"
+            "data, name = kdlib.load_dataset('cifar10'), {!r};"
+            "make = benchmark.own_trainer(name) if name else None;"
+            "answers = np.zeros((1, 3000, 10), 'float32');"
+            "benchmark.fitting(data, 'student', 24, teacher=kdlib.build_teacher(),"
+            "                  answers=answers, make=make)();")
+    yield row("peak_memory_distilling", "GiB", peak(code.format(None)))
+    for name in features.METHODS:
+        yield ratio(f"{name}_over_distilling_step", times, name, "plain")
+        yield row(f"peak_memory_{name}", "GiB", peak(code.format(name)))
+
+
+def own_trainer(name):
+    """A method with its authors' weight, at its own layers of the published pair."""
+    method = features.METHODS[name]
+    return features.Trainer(name, method.weight, *plan.PLACES[method.where])
+
+
 def table(dataset, rounds):
     """Until models are at least as good as the original course's: one epoch each is enough. The
     peer is the tutorial."""
@@ -323,17 +355,22 @@ def memory(dataset, rounds):
     """Peak of a process that trains a teacher on the whole dataset and measures it."""
     code = ("from dataclasses import replace; from reference import runs; import kdlib;"
             "data = kdlib.load_dataset('cifar10'); recipe = runs.recipe_for(data, 'teacher');"
-            "runs.train_or_load('teacher', data, recipe=replace(recipe, epochs=1));"
-            "print(open('/proc/self/status').read())")
+            "runs.train_or_load('teacher', data, recipe=replace(recipe, epochs=1));")
+    yield row("training_peak_memory", "GiB", peak(code))
+
+
+def peak(code):
+    """GiB that a process needs for some code."""
     with tempfile.TemporaryDirectory() as folder:
         status = subprocess.check_output(
-            [sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.DEVNULL,
+            [sys.executable, "-c", code + "print(open('/proc/self/status').read())"], cwd=ROOT,
+            text=True, stderr=subprocess.DEVNULL,
             env={**os.environ, "KD_RETRAIN": "1", "KD_RUNS_DIR": folder})
-    peak = int(status.partition("VmHWM:")[2].split()[0])  # in KiB; ru_maxrss counts the parent
-    yield row("training_peak_memory", "GiB", peak / 2**20)
+    # in KiB; ru_maxrss counts the parent
+    return int(status.partition("VmHWM:")[2].split()[0]) / 2**20
 
 
-PARTS = {part.__name__: part for part in (start, training, distilling, table, memory)}
+PARTS = {part.__name__: part for part in (start, training, distilling, methods, table, memory)}
 
 
 def main():
