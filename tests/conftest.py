@@ -13,3 +13,12 @@ CIFAR10 = ROOT / Path(os.environ.get("KD_DATA_DIR") or "data").expanduser() / "c
 def notebook_runs(tmp_path_factory):
     """One runs folder for all notebooks on digits, so that each model is trained once."""
     return tmp_path_factory.mktemp("runs")
+
+
+LONGEST = ("test_strict", "test_digits", "test_browser", "test_kill")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest files first: a file stays in one process, and nobody waits for it at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
+               else len(LONGEST))

@@ -1,7 +1,7 @@
 """Each notebook on digits: one file, so one process, so each model is trained once.
 
 What is published is loaded, as a reader does, and the rest is trained for real. 07 and 11 know
-digits alone, so test_notebooks runs them.
+digits alone, so test_strict runs them.
 """
 
 import pytest
