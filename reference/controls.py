@@ -67,6 +67,11 @@ def shuffled(logits, labels, temperature: float):
     return mixed
 
 
+def out_of_step(logits, labels, temperature: float):
+    """Each image gets the answer to another one: a mistake, shown in notebook 07."""
+    return np.random.default_rng(0).permutation(logits)
+
+
 def top(logits, labels, temperature: float, *, k: int):
     """The teacher's k likeliest classes keep their softened probability.
 
@@ -84,7 +89,8 @@ def top(logits, labels, temperature: float, *, k: int):
 
 
 TOP = (1, 2, 3, 5)
-CONTROLS = {function.__name__: function for function in (smoothed, evened, shuffled)}
+CONTROLS = {function.__name__: function for function in (
+    smoothed, evened, shuffled, out_of_step)}
 CONTROLS |= {f"top{k}": functools.partial(top, k=k) for k in TOP}
 
 

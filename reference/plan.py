@@ -141,6 +141,8 @@ def _digits() -> list[Experiment]:
         Experiment("distilled-7-epochs-smoothing", TRIPLE, teacher=one, control="smoothed"),
         Experiment("distilled-7-epochs-shuffled", TRIPLE, teacher=one, control="shuffled"),
         Experiment("distilled-7-epochs-twin", TRIPLE, teacher="scratch-seed0"),
+        *(Experiment("distilled-out-of-step", teacher=one, control="out_of_step", alpha=alpha,
+                     weights=True) for alpha in (0.1, 0.9)),
         Experiment("scratch-90-epochs", TRIPLE, recipe={"epochs": 90}),
     ]
     for epochs in (3, 7, 28):

@@ -6,12 +6,17 @@
 
 Each row begins with a published distilled student. "post-training" rounds it and no more.
 "aware-distilled" trains it on, rounded in every step as the file will round it, on the float
-teacher's answers; "aware-labels" on hard labels alone. "float-distilled" trains on without
-rounding: what more epochs are worth. Accuracies of 8 bits are those of the real LiteRT
-file ("litert"), and of 4 bits those of a Keras model that rounds ("simulated").
+teacher's answers; "aware-labels" on hard labels alone. "float-distilled" and "float-labels"
+train on without rounding: what more epochs are worth. Accuracies of 8 bits are those of the
+real LiteRT file ("litert"), and of 4 bits those of a Keras model that rounds ("simulated").
 
 Seeds 0, 1, 2 begin with the students of these seeds. Seed 100 is for choosing: it begins with
-the student of seed 3, and its rows have no test figures.
+the student of seed 3, and its rows have no test figures. The teacher's arms and the labels'
+arms have a rate of their own: of RATES, the one that is best at 4 bits on validation. Where the
+smallest or the largest wins, the next one (a factor of three) is tried, too.
+
+The table also has the rows of a first attempt: one epoch, and a rate that was chosen for the
+teacher's arm alone.
 """
 
 from __future__ import annotations
@@ -38,9 +43,9 @@ from tqdm.auto import tqdm
 COLUMNS = ("dataset method bits runs_on seed epochs temperature alpha learning_rate val_accuracy "
            "test_accuracy agreement kib seconds machine versions").split()
 SEEDS = (0, 1, 2)
-EPOCHS = 1
-LEARNING_RATE = 0.001  # the best of RATES on validation, with seed 100 and 4 bits
-RATES = (0.001, 0.003, 0.01)
+EPOCHS = 3
+RATES = (0.0003, 0.001, 0.003)
+CHOSEN = {"distilled": 0.001, "labels": 0.001}  # of RATES
 CALIBRATION = shipping.CALIBRATION
 
 # --- fake quantisation ----------------------------------------------------------------
@@ -161,13 +166,14 @@ class Arm:
         return {32: "keras", 8: "litert"}.get(self.bits, "simulated")
 
 
-ARMS = (Arm("float", 32), Arm("float-distilled", 32, 0.1),
+ARMS = (Arm("float", 32), Arm("float-distilled", 32, 0.1), Arm("float-labels", 32, 1.0),
         Arm("post-training", 8), Arm("aware-distilled", 8, 0.1),
         Arm("post-training", 4), Arm("aware-distilled", 4, 0.1), Arm("aware-labels", 4, 1.0))
 
 
-def recipe_for(dataset, *, epochs: int = EPOCHS, learning_rate: float = LEARNING_RATE):
+def recipe_for(dataset, arm: Arm, *, epochs: int = EPOCHS, learning_rate: float | None = None):
     """The published recipe, shorter and with a smaller rate: the student is trained already."""
+    learning_rate = learning_rate or CHOSEN.get(arm.method.rpartition("-")[-1], RATES[0])
     return replace(runs.recipe_for(dataset, "distilled"), epochs=epochs,
                    learning_rate=learning_rate)
 
@@ -258,17 +264,18 @@ def main(arguments=None) -> None:
     options = parser.parse_args(arguments)
     table = pd.read_csv(options.out) if options.out.exists() else pd.DataFrame(columns=COLUMNS)
     dataset = kdlib.load_dataset(options.dataset)
-    recipe = recipe_for(dataset, epochs=options.epochs)
-    arms = [(arm, recipe) for arm in ARMS]
+    arms = [(arm, recipe_for(dataset, arm, epochs=options.epochs)) for arm in ARMS]
     if options.choose:
-        arms = [(Arm("aware-distilled", 4, 0.1), replace(recipe, epochs=1, learning_rate=rate))
-                for rate in RATES]
+        arms = [(arm, replace(recipe, learning_rate=rate)) for rate in RATES
+                for arm, recipe in arms if arm.bits == 4 and arm.alpha is not None]
     todo = missing(table, arms, dataset.name, (100,) if options.choose else options.seeds)
     if options.list:
-        for arm, _, seed in todo:
-            print(f"{dataset.name} {arm.method} bits {arm.bits} seed {seed}")
+        for arm, recipe, seed in todo:
+            print(f"{dataset.name} {arm.method} bits {arm.bits} seed {seed} "
+                  f"rate {recipe.learning_rate if arm.alpha is not None else None}")
         return
-    answers = runs.teacher_answers(published(f"{dataset.name}-teacher-seed0"), dataset, recipe)
+    answers = runs.teacher_answers(published(f"{dataset.name}-teacher-seed0"), dataset,
+                                   arms[0][1])
     rows = table.to_dict("records")
     for arm, recipe, seed in tqdm(todo, unit="row"):
         student = published(f"{dataset.name}-distilled-seed{3 if seed >= 100 else seed}")
