@@ -825,7 +825,7 @@ NOT_MEASURED = {"README.md": {
     "The widths differ": "the output above",
     "share of the variance": "a definition", "are the same images alike?": "a question",
     "That copy has the same geometry": "arithmetic", "counts least where": "arithmetic",
-    "with one more loss": "test_features", "with the same weights see 5,000": "how it is done",
+    "with one more loss": "test_features", "with the same weights see 2,500": "how it is done",
     "averages the larger map": "methods.py", "distances between groups mean little": "advice",
     "confuse alike?": "a question", "rise and fall together": "a question",
     "has the same matrix": "an explanation", "Red pairs rise together": "how to read it",
