@@ -177,7 +177,7 @@ class Contrast(Embedded):
                 "behind the stored logits, or alone: fit((images, numbers[:, None]), labels).")
         rows = [methods._unit(embed[0](x[0]))
                 for embed, x in zip(self.embeddings, (teacher, student), strict=True)]
-        memories = [ops.convert_to_tensor(memory) for memory in self.memories]
+        memories = [ops.copy(memory) for memory in self.memories]  # as before this step
         sampled = self._draw(numbers)
         first = ops.stop_gradient(ops.stack(  # of student and teacher, as the loss wants them
             [ops.mean(methods.crd_scores(rows[k], memories[1 - k], sampled)) for k in (1, 0)]))

@@ -33,7 +33,8 @@ def together(loss):
 
 
 def embedded(file, rows, role):
-    rows = ops.matmul(rows, file[f"CRD/{role}_kernel"]) + file[f"CRD/{role}_bias"]
+    kernel, bias = (ops.convert_to_tensor(file[f"CRD/{role}_{a}"]) for a in ("kernel", "bias"))
+    rows = ops.matmul(rows, kernel) + bias  # PyTorch adds no NumPy array to a gradient
     return rows / ops.sqrt(ops.sum(rows * rows, axis=1, keepdims=True))
 
 
