@@ -116,8 +116,10 @@ def plan(stems) -> dict[str, Job]:
         each, seed = experiments.run_of(stem)
         found = [maker.find(each.dataset, name) for name in each.teachers(seed)]
         teachers = tuple(teacher.stem(number) for teacher, number in found)
-        for teacher in teachers:
-            add(teacher)
+        trials = tuple(trial.stem(100) for trial in each.trials()
+                       if experiments.notes_of(trial, 100) is None)
+        for other in (*teachers, *trials):
+            add(other)
         recipe, asked = each.full_recipe(), []
         views = range(min(recipe.views, recipe.epochs))
         for part in ("val", "test", *views) if teachers else ():
@@ -125,7 +127,7 @@ def plan(stems) -> dict[str, Job]:
                     f"{recipe.flip:d}-answers-{part}").replace(" ", "+")
             jobs.setdefault(name, Job(name, stem, part, teachers))
             asked.append(name)
-        jobs[stem] = Job(stem, stem, None, (*teachers, *asked))
+        jobs[stem] = Job(stem, stem, None, (*teachers, *trials, *asked))
 
     for stem in stems:
         add(stem)

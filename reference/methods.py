@@ -1,4 +1,4 @@
-"""Other people's distillation losses, equal to their originals, and a Distiller that trains them.
+"""Other people's distillation losses, equal to their originals.
 
 Every loss is written in keras.ops, so it runs on TensorFlow, JAX and PyTorch. It takes the
 teacher and the student by name and returns a scalar (a list of scalars, one for each stage, where
@@ -289,7 +289,7 @@ def _split(logits, labels, temperature):
     """The own class against all others, as two logits; and the logits of the others."""
     classes, labels = logits.shape[-1], ops.reshape(ops.cast(labels, "int32"), (-1, 1))
     own = ops.take_along_axis(logits, labels, axis=1)
-    rest = ops.take_along_axis(logits, (labels + np.arange(1, classes)) % classes, axis=1)
+    rest = ops.take_along_axis(logits, (labels + ops.arange(1, classes)) % classes, axis=1)
     together = temperature * ops.logsumexp(rest / temperature, axis=1, keepdims=True)
     return ops.concatenate([own, together], axis=1), rest
 

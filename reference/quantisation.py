@@ -42,6 +42,7 @@ from tqdm.auto import tqdm
 
 COLUMNS = ("dataset method bits runs_on seed epochs temperature alpha learning_rate val_accuracy "
            "test_accuracy agreement kib seconds machine versions").split()
+MEASURED = dict.fromkeys(("val_accuracy", "test_accuracy", "agreement"), 4)  # decimals
 SEEDS = (0, 1, 2)
 EPOCHS = 3
 RATES = (0.0003, 0.001, 0.003)
@@ -171,11 +172,10 @@ ARMS = (Arm("float", 32), Arm("float-distilled", 32, 0.1), Arm("float-labels", 3
         Arm("post-training", 4), Arm("aware-distilled", 4, 0.1), Arm("aware-labels", 4, 1.0))
 
 
-def recipe_for(dataset, arm: Arm, *, epochs: int = EPOCHS, learning_rate: float | None = None):
-    """The published recipe, shorter and with a smaller rate: the student is trained already."""
-    learning_rate = learning_rate or CHOSEN.get(arm.method.rpartition("-")[-1], RATES[0])
+def recipe_for(dataset, arm: Arm, *, epochs: int = EPOCHS):
+    """The published recipe, shorter and with the arm's own rate: the student is trained already."""
     return replace(runs.recipe_for(dataset, "distilled"), epochs=epochs,
-                   learning_rate=learning_rate)
+                   learning_rate=CHOSEN.get(arm.method.rpartition("-")[-1], RATES[0]))
 
 
 def train_on(model, dataset, *, answers, alpha: float, recipe, seed: int,
@@ -280,7 +280,7 @@ def main(arguments=None) -> None:
     for arm, recipe, seed in tqdm(todo, unit="row"):
         student = published(f"{dataset.name}-distilled-seed{3 if seed >= 100 else seed}")
         rows.append(measure(arm, student, dataset, answers=answers, recipe=recipe, seed=seed))
-        made = pd.DataFrame(rows)[COLUMNS].round(4)
+        made = pd.DataFrame(rows)[COLUMNS].round(MEASURED)
         store.write_whole(options.out, lambda aside, made=made: made.to_csv(aside, index=False))
 
 

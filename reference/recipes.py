@@ -126,8 +126,9 @@ class Muon(keras.optimizers.Muon):
     """Keras's Muon, for convolutions too: a kernel is a matrix (inputs, outputs).
 
     The momentum of a kernel is made orthogonal before each step, so that every direction
-    learns at the same pace. Everything else is left to AdamW: vectors, embeddings, depthwise
-    kernels, and the excluded layers. A step does not depend on the size of the loss.
+    learns at the same pace. Everything else is left to AdamW: vectors, embeddings, kernels with
+    one output (so depthwise ones), and the excluded layers. A step does not depend on the size
+    of the loss.
 
     Source: Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the size of a step: Liu
     et al. 2025, section 2.2.
@@ -135,7 +136,8 @@ class Muon(keras.optimizers.Muon):
 
     def _should_use_adamw(self, variable):
         *_, layer, name = ("/" + variable.path).split("/")
-        return name != "kernel" or len(variable.shape) < 2 or layer in self.exclude_layers
+        vector = len(variable.shape) < 2 or variable.shape[-1] == 1
+        return name != "kernel" or vector or layer in self.exclude_layers
 
     def zeropower_via_newtonschulz5(self, x, steps):
         return _as_matrix(x, lambda m: super(Muon, self).zeropower_via_newtonschulz5(m, steps))

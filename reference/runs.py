@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import os
 import re
+import shutil
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -119,7 +120,7 @@ class Task:
         usual = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
         self.model = (build or usual)()
         self.first_answers = _check_fits("build's model", self.model, dataset)
-        by_teacher = self.distilled and answers is None
+        by_teacher = self.distilled and (answers is None or trainer is not None)
         self.spec = {
             "code": CODE, "dataset": dataset.name, "data": data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
@@ -131,8 +132,7 @@ class Task:
             "answers": None if answers is None else store.digest(*self.answers),
         }
         if trainer is not None:
-            settings, code = trainer.identity()
-            self.spec["trainer"] = {**settings, "code": store.code_digest(*code)}
+            self.spec["trainer"] = identity_of(trainer)
         self.folder = runs_folder() / f"{stem(self.spec)}-{store.digest(self.spec)[:10]}"
 
     def _check(self, method) -> None:
@@ -146,6 +146,9 @@ class Task:
         require(self.make_trainer is None or self.distilled, f"trainer is {self.make_trainer!r}, "
                 f"but method is {method!r}. Only a distilled run has one.")
         labels, classes = self.dataset.y_train, len(self.dataset.class_names)
+        smallest = min(*self.dataset.x_train.shape[1:3], 128)
+        require(self.recipe.shift < smallest, f"shift is {self.recipe.shift}. It has to be smaller "
+                f"than {smallest}, so that what is beyond the edge can be reflected.")
         require(self.distilled or labels.min() >= 0, f"y_train holds -1 (unknown), but {method!r} "
                 "learns from labels alone. Leave those images out.")
         if self.teacher is not None:
@@ -233,7 +236,7 @@ class Task:
             "model": store.model_digest(model), "weights": store.digest(*model.get_weights()),
             "first_answers": self.first_answers.tolist()})
         for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return Run(model, history, row, half)
 
 
@@ -242,6 +245,12 @@ def stem(row: dict) -> str:
     usual = row["temperature"] is None or (row["temperature"], row["alpha"]) == (4.0, 0.1)
     setting = "" if usual else f"-T{row['temperature']:g}-alpha{row['alpha']:g}"
     return f"{row['dataset']}-{row['method']}{setting}-seed{row['seed']}"
+
+
+def identity_of(trainer) -> dict:
+    """A trainer's settings, and the digest of the code that acts on the numbers."""
+    settings, code = trainer.identity()
+    return {**settings, "code": store.code_digest(*code)}
 
 
 def data_digest(dataset) -> str:
@@ -293,7 +302,8 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is {store.libraries()}. "
                       "KD_RETRAIN=1 trains it anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
-    if task.teacher is not None and found["judge"] != store.model_digest(task.teacher):
+    judge = None if task.teacher is None else store.model_digest(task.teacher)
+    if judge != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
     return Run(model, found["history"], row, logits)
 
@@ -368,8 +378,9 @@ def _check_answers(answers, recipe: Recipe, shape: tuple) -> list[np.ndarray]:
     """One array of logits for each view, or a sentence."""
     views = min(recipe.views or recipe.epochs, recipe.epochs)
     shapes = [getattr(each, "shape", None) for each in answers]
-    require(len(shapes) >= views and all(each == shape for each in shapes), f"answers have shapes "
-            f"{shapes}. Give {views} arrays of logits of shape {shape}, one a view.")
+    require(len(shapes) >= views and all(each == shape for each in shapes), f"answers are "
+            f"{len(shapes)} of shapes {shapes[:3]}. Give a list of {views} arrays of logits of "
+            f"shape {shape}, one a view.")
     answers = [np.asarray(each, "float32") for each in answers[:views]]
     require(not any(np.isnan(each).any() or (each == np.inf).any() for each in answers),
             "answers hold nan or infinity. Compute the logits again.")

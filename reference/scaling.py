@@ -105,7 +105,8 @@ def errors(logits):
     p = scipy.special.softmax(logits / TEMPERATURE, axis=-1)
 
     def lost(changed):
-        q = scipy.special.softmax(changed / TEMPERATURE, axis=-1)
+        # In half precision a softmax has errors of its own, and larger ones.
+        q = scipy.special.softmax(changed.astype("float64") / TEMPERATURE, axis=-1)
         return float(scipy.special.rel_entr(p, q).sum(-1).mean())
 
     yield "KL lost, float16", logits.shape[-1], lost(logits.astype("float16")), "nats"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
 import hashlib
 import inspect
 import json
 import os
 import platform
 import re
+import shutil
+import tempfile
 import textwrap
 import warnings
 import zipfile
@@ -62,19 +65,37 @@ def architecture(model) -> str:
             return [unnamed(part, wire and k == 0) for k, part in enumerate(value)]
         return number.get(value, value) if named else value
 
-    return digest(unnamed(config))
+    return digest(unnamed(config), *_own_code(model))
+
+
+def _own_code(model) -> list:
+    """Of layers that are not Keras's: the digest of their methods, which no config tells."""
+    kinds = {type(layer) for layer in (model, *model._flatten_layers())}
+    own = sorted((kind for kind in kinds if not kind.__module__.startswith("keras.")),
+                 key=lambda kind: kind.__qualname__)
+    return [code_digest(*filter(inspect.isfunction, vars(kind).values())) for kind in own]
 
 
 def code_digest(*functions) -> str:
     """Of what functions do: their syntax trees, without comments and docstrings."""
-    trees = []
-    for function in functions:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        for node in ast.walk(tree):
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-                node.body = node.body[1:]
-        trees.append(ast.dump(tree))
-    return digest(trees)
+    return digest([_tree(function) for function in functions])
+
+
+@functools.cache  # of the code that was imported: a file edited later does not change it
+def _tree(function) -> str:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
+            node.body = node.body[1:]
+    return text(_bare(tree))
+
+
+def _bare(node):
+    """A syntax tree as lists. Empty fields are left out: each version of Python has others."""
+    if isinstance(node, ast.AST):
+        fields = [(name, _bare(value)) for name, value in ast.iter_fields(node)]
+        return [type(node).__name__, *(field for field in fields if field[1] not in ("None", []))]
+    return [_bare(each) for each in node] if isinstance(node, list) else repr(node)
 
 
 def libraries() -> str:
@@ -98,23 +119,24 @@ def named(path: Path):
         yield
     except OSError as error:
         value = os.environ.get("KD_RUNS_DIR")
-        raise type(error)(error.errno, f"{error.strerror or error}: {path}. KD_RUNS_DIR is "
-                          f"{value!r}. Free some space, or set it to another folder") from error
+        raise type(error)(error.errno, f"{error.strerror or error}: {path}. Free some space, or "
+                          f"choose another folder (KD_RUNS_DIR, for runs, is {value!r})") from error
 
 
 def write_whole(path: Path, write) -> None:
     """Write a file aside, flush it, rename it: a kill or a full disk leaves the old one."""
-    aside = path.with_name(f"aside-{os.getpid()}-{path.name}")
     with named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        # A folder of its own: no other process has it, and nobody who lists files reads it.
+        folder = tempfile.mkdtemp(prefix="aside-", dir=path.parent)
         try:
+            aside = Path(folder) / path.name
             write(aside)
             with open(aside, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_array(path: Path, array: np.ndarray) -> None:

@@ -166,6 +166,14 @@ def test_the_plan_asks_a_teacher_once_and_first():
         assert all(order.index(need) < order.index(name) for need in job.needs)
 
 
+def test_the_plan_chooses_a_weight_before_it_is_used(monkeypatch):
+    monkeypatch.setattr(experiments, "notes_of", lambda each, seed: None)
+    name = "cifar10-distilled-5-epochs-at-kd"
+    trials = [f"{name}-x{factor}-seed100" for factor in ("1", "0.1", "10")]
+    jobs = cluster.plan([f"{name}-seed3"])
+    assert set(trials) <= set(jobs[f"{name}-seed3"].needs) and set(trials) <= set(jobs)
+
+
 def test_every_run_of_the_table_has_a_name_of_its_own():
     stems = [each.stem(seed) for each in experiments.EXPERIMENTS for seed in each.seeds]
     assert len(stems) == len(set(stems))
