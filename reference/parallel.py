@@ -10,6 +10,7 @@ function below. Each process prints what it did, or the error that it met.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import socket
@@ -238,25 +239,32 @@ def launch(way: str, *, python: str = sys.executable, timeout: float = 300) -> l
     _, backend, processes = WAYS[way]
     ports = ",".join(map(str, free_ports(2)))
     environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-    with tempfile.TemporaryDirectory() as folder:
+    end = time.monotonic() + timeout
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         begun = []
         try:
             for rank in range(processes):
+                # Files, not pipes: a full pipe would stop one process, and it the other.
+                out, error = (stack.enter_context(open(f"{folder}/{rank}.{kind}", "w"))
+                              for kind in ("out", "error"))
                 begun.append(subprocess.Popen(
                     [python, __file__, way, "--rank", str(rank), "--ports", ports, "--out",
-                     f"{folder}/{rank}"], env=environment, stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE, text=True))
-            said = [each.communicate(timeout=timeout) for each in begun]
+                     f"{folder}/{rank}"], env=environment, stdout=out, stderr=error))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                for each in begun:
+                    each.wait(max(0, end - time.monotonic()))
         finally:  # one that waits for another that died
             for each in begun:
                 each.kill()
                 each.wait()
-        return [_report(Path(f"{folder}/{rank}"), *each) for rank, each in enumerate(said)]
+        return [_report(Path(f"{folder}/{rank}"), timeout) for rank in range(processes)]
 
 
-def _report(path: Path, out: str, error: str) -> dict:
-    lines = [line for line in out.splitlines() if line.startswith("{")]
-    report = json.loads(lines[-1]) if lines else {"error": error[-2000:]}
+def _report(path: Path, timeout: float) -> dict:
+    lines = [line for line in path.with_suffix(".out").read_text().splitlines()
+             if line.startswith("{")]
+    error = path.with_suffix(".error").read_text()[-2000:] or f"no word after {timeout:.0f} s"
+    report = json.loads(lines[-1]) if lines else {"error": error}
     if path.with_suffix(".npz").exists():
         with np.load(path.with_suffix(".npz")) as file:
             report["weights"] = [file[name] for name in file.files]

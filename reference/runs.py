@@ -191,6 +191,8 @@ class Task:
                                 shuffle=False, verbose=0, validation_data=validation,
                                 validation_batch_size=batch_size(self.dataset.x_val),
                                 callbacks=[keeper, *(callbacks or bar)])
+        except FloatingPointError:
+            raise keeper.diverged() from None
         finally:
             for own in bar:
                 own.on_train_end()

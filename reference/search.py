@@ -49,7 +49,10 @@ class Search:
 
     @property
     def name(self) -> str:
-        return f"search-{self.dataset}-{self.recipe.epochs}-epochs"
+        notes = store.read_notes(runs.REFERENCE / "rows" / f"{self.dataset}-teacher-seed0.json")
+        known_by = store.digest(vars(self.recipe), self.temperatures, self.alphas,
+                                self.random_trials, runs.CODE, notes["model"])
+        return f"search-{self.dataset}-{self.recipe.epochs}-epochs-{known_by[:8]}"
 
     def study(self):
         """The study as it stands, with a sampler for its next trial."""

@@ -843,12 +843,13 @@ def test_half_precision_teachers(data, policy):
     assert np.isfinite(train(data, method="distilled", teacher=teacher).history["loss"]).all()
 
 
-def test_divergence_is_named_and_remembered(data, folder):
+@pytest.mark.parametrize("method", ["scratch", "distilled"])
+def test_divergence_is_named_and_remembered(method, data, folder):
     wild = replace(RECIPE, optimizer="sgd", learning_rate=1e30, warmup=0.0)
-    sentences = []
+    sentences, teacher = [], tiny(8) if method == "distilled" else None
     for _ in range(2):
-        with pytest.raises(FloatingPointError, match="diverged. Choose a smaller") as error:
-            train(data, recipe=wild)
+        with pytest.raises(FloatingPointError, match=f"digits-{method}.*Choose a smaller") as error:
+            train(data, method, recipe=wild, teacher=teacher)
         sentences.append(str(error.value))
     assert sentences[0] == sentences[1] and "in epoch 1" in sentences[0]
 
