@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -103,7 +103,8 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
         return None
     notes = store.read_notes(path)
     wanted = {**vars(each.full_recipe()), "code": runs.CODE, "trainer": _trainer(each)}
-    if any(store.text(notes["spec"].get(key)) != store.text(wanted[key]) for key in wanted):
+    found = {key: notes["spec"].get(key) for key in wanted}
+    if fingerprints.text(found) != fingerprints.text(wanted):
         return None
     if notes.get("control") != _control(each) or "rounding" in notes:
         return None  # "rounding": its last bits are those of an older code
@@ -122,7 +123,7 @@ def _control(each: Experiment) -> str | None:
     control = CONTROLS.get(each.control)
     used = [getattr(control, "func", control), SIGNALS.get(each.signal), each.build,
             few_labels if each.labels < 100 else None, wrong_labels if each.wrong else None]
-    return store.code_digest(*filter(None, used)) if any(used) else None
+    return fingerprints.code_digest(*filter(None, used)) if any(used) else None
 
 
 def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
@@ -142,7 +143,7 @@ def _digest_of_several(signal: str, names: tuple, digests: tuple) -> str:
     """Asked for each seed, so kept; digests tell when a teacher was made again."""
     models = [keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
               for name in names]
-    return store.model_digest(SIGNALS[signal](*models))
+    return fingerprints.model_digest(SIGNALS[signal](*models))
 
 
 def missing(experiments) -> list[tuple[Experiment, int]]:
@@ -253,8 +254,8 @@ def _write_digests() -> int:
     today = {}
     for weights in (runs.REFERENCE / "weights").glob("*.keras"):
         notes, model = store.read_notes(paths[weights.stem]), keras.saving.load_model(weights)
-        today[notes["spec"]["architecture"]] = store.architecture(model)
-        today[notes["model"]] = store.model_digest(model)
+        today[notes["spec"]["architecture"]] = fingerprints.architecture(model)
+        today[notes["model"]] = fingerprints.model_digest(model)
     for path in paths.values():
         notes = store.read_notes(path)
         each, _ = run_of(path.stem)

@@ -5,10 +5,27 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import kdlib
 import numpy as np
 import scipy.special
 
 from reference import store
+
+
+def batch_size(images) -> int:
+    """500 images of 32 x 32, fewer of larger ones: a batch that fits into memory."""
+    return max(1, min(500, 500 * 32 * 32 // int(np.prod(images.shape[1:3]))))
+
+
+def predict_logits(model, images: np.ndarray, *, role: str = "model", codes=None) -> np.ndarray:
+    """Logits of many images, perhaps seen through codes: float32 (N, classes)."""
+    kdlib.check_images(role, model, images)
+    size, parts = batch_size(images), []
+    for k in range(0, len(images), 20 * size):  # no more than these are copied
+        some = images[k : k + 20 * size]
+        some = some if codes is None else kdlib.augment(some, codes[k : k + 20 * size])
+        parts.append(model.predict(some, batch_size=size, verbose=0))
+    return np.concatenate(parts).astype("float32", copy=False)
 
 
 def figures(logits: dict[str, np.ndarray], dataset) -> dict[str, float]:

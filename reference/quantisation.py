@@ -31,7 +31,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import recipes, runs, shipping, store  # isort: skip  (first: quiet)
+from reference import fingerprints, recipes, runs, shipping, store  # isort: skip  (first: quiet)
 import kdlib
 import keras
 import numpy as np
@@ -229,7 +229,7 @@ def measure(arm: Arm, student, dataset, *, answers, recipe, seed: int) -> dict:
            "epochs": recipe.epochs if trained else 0,
            "temperature": 4.0 if trained else None, "alpha": arm.alpha,
            "learning_rate": recipe.learning_rate if trained else None,
-           "machine": store.machine(), "versions": shipping.versions()}
+           "machine": fingerprints.machine(), "versions": shipping.versions()}
     if seed < 100:
         test, before = ask(dataset.x_test), runs.predict_logits(student, dataset.x_test)
         row |= {"test_accuracy": np.mean(test.argmax(-1) == dataset.y_test),

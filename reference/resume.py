@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from reference import store
+from reference import fingerprints, store
 
 
 class Keeper(keras.callbacks.Callback):
@@ -25,8 +25,9 @@ class Keeper(keras.callbacks.Callback):
     def __init__(self, folder: Path, spec: dict):
         super().__init__()
         self.folder, self.epoch, self.history = folder, 0, {}
-        self.meta = {"spec": json.loads(store.text(spec)), "libraries": store.libraries()}
-        self.machines = [store.machine()]
+        self.meta = {"spec": json.loads(fingerprints.text(spec)),
+                     "libraries": fingerprints.libraries()}
+        self.machines = [fingerprints.machine()]
 
     def restore(self, trainer) -> None:
         trainer.optimizer.build(trainer.trainable_variables)
@@ -81,7 +82,7 @@ class Keeper(keras.callbacks.Callback):
         self._save()
 
     def _save(self) -> None:
-        meta = store.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
+        meta = fingerprints.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
                      "history": self.history})
         values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
         store.write_whole(self.folder / f"state-{self.epoch % 2}.npz",

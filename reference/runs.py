@@ -1,7 +1,7 @@
 """Train or load a run, ask a teacher once, and measure what came out.
 
 Nothing here has to be read to follow a lesson. How a model is trained is in recipes.py, what a
-run is known by in store.py, how it survives a kill in resume.py.
+run is known by in fingerprints.py, how it survives a kill in resume.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from kdlib import require
 from tqdm.auto import tqdm
 from tqdm.keras import TqdmCallback
 
-from reference import measures, recipes, resume, store
+from reference import fingerprints, measures, recipes, resume, store
+from reference.measures import batch_size, predict_logits
 from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
@@ -32,8 +33,8 @@ RESULT_COLUMNS = ("dataset model method teacher temperature alpha seed epochs pa
 
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
-VIEW_CODE = store.code_digest(kdlib.view_codes, kdlib.augment)
-CODE = store.digest(VIEW_CODE, store.code_digest(
+VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
+CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(
     kdlib.distillation_loss, kdlib.Distiller.compute_loss, kdlib.Distiller._labels, Batches,
     make_optimizer, recipes.Muon, recipes._as_matrix, recipes.FusedBatchNormalization,
     recipes.SmoothedCrossentropy))
@@ -124,16 +125,16 @@ class Task:
         self.spec = {
             "code": CODE, "dataset": dataset.name, "data": data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
-            "architecture": store.architecture(self.model),
-            "begins_with": store.digest(*self.model.get_weights()) if self.own else None,
+            "architecture": fingerprints.architecture(self.model),
+            "begins_with": fingerprints.digest(*self.model.get_weights()) if self.own else None,
             "temperature": kdlib._number("temperature", temperature) if self.distilled else None,
             "alpha": kdlib._number("alpha", alpha) if self.distilled else None,
-            "teacher": store.model_digest(self.teacher) if by_teacher else None,
-            "answers": None if answers is None else store.digest(*self.answers),
+            "teacher": fingerprints.model_digest(self.teacher) if by_teacher else None,
+            "answers": None if answers is None else fingerprints.digest(*self.answers),
         }
         if trainer is not None:
             self.spec["trainer"] = identity_of(trainer)
-        self.folder = runs_folder() / f"{stem(self.spec)}-{store.digest(self.spec)[:10]}"
+        self.folder = runs_folder() / f"{stem(self.spec)}-{fingerprints.digest(self.spec)[:10]}"
 
     def _check(self, method) -> None:
         require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", method), f"method is {method!r}. Use "
@@ -228,14 +229,15 @@ class Task:
         row = {**self.spec, **_figures(logits, data, self.teacher), "teacher": self.taught_by,
                "model": re.sub(r"_\d+$", "", model.name), "parameters": model.count_params(),
                "seconds": round(sum(history["seconds"])), "machine": keeper.machines[-1],
-               "versions": store.libraries()}
+               "versions": fingerprints.libraries()}
         row = {key: row[key] for key in RESULT_COLUMNS}
         half = measures.write_logits(self.folder / "answers.npz", stem(self.spec), logits)
         store.write_whole(self.folder / "model.keras", model.save)
         store.write_notes(self.folder / "model.json", {
             "spec": self.spec, "row": row, "history": history, "machines": keeper.machines,
-            "judge": None if self.teacher is None else store.model_digest(self.teacher),
-            "model": store.model_digest(model), "weights": store.digest(*model.get_weights()),
+            "judge": None if self.teacher is None else fingerprints.model_digest(self.teacher),
+            "model": fingerprints.model_digest(model),
+            "weights": fingerprints.digest(*model.get_weights()),
             "first_answers": self.first_answers.tolist()})
         for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
@@ -252,12 +254,12 @@ def stem(row: dict) -> str:
 def identity_of(trainer) -> dict:
     """A trainer's settings, and the digest of the code that acts on the numbers."""
     settings, code = trainer.identity()
-    return {**settings, "code": store.code_digest(*code)}
+    return {**settings, "code": fingerprints.code_digest(*code)}
 
 
 def data_digest(dataset) -> str:
     """Of all pixels and labels as they are now."""
-    return store.digest(*(getattr(dataset, f"{a}_{part}") for a in "xy"
+    return fingerprints.digest(*(getattr(dataset, f"{a}_{part}") for a in "xy"
                           for part in ("train", "val", "test")))
 
 
@@ -284,7 +286,8 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
     """The finished run in these files, if it is the one that the task describes."""
     try:
         found = store.read_notes(notes)
-        if store.text({**found["spec"], "code": CODE}) != store.text(task.spec) or not np.allclose(
+        spec = fingerprints.text({**found["spec"], "code": CODE})
+        if spec != fingerprints.text(task.spec) or not np.allclose(
                 found["first_answers"], task.first_answers, rtol=1e-2, atol=1e-2):
             return None
         if found["spec"]["code"] != CODE:
@@ -293,18 +296,18 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
                           stacklevel=5)
             return None
         model = keras.saving.load_model(weights, compile=False)
-        require(store.digest(*model.get_weights()) == found["weights"],
+        require(fingerprints.digest(*model.get_weights()) == found["weights"],
                 "its weights are not those of its notes")
     except store.UNREADABLE as error:
         warnings.warn(f"{notes.stem} in {notes.parent.name} is damaged ({error}): it is not used.",
                       stacklevel=5)
         return None
     row = {key: found["row"][key] for key in RESULT_COLUMNS}
-    if row["versions"] != store.libraries():
-        warnings.warn(f"{notes.stem} was made with {row['versions']}; here is {store.libraries()}. "
-                      "KD_RETRAIN=1 trains it anew.", stacklevel=5)
+    if row["versions"] != fingerprints.libraries():
+        warnings.warn(f"{notes.stem} was made with {row['versions']}; here is "
+                      f"{fingerprints.libraries()}. KD_RETRAIN=1 trains it anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
-    judge = None if task.teacher is None else store.model_digest(task.teacher)
+    judge = None if task.teacher is None else fingerprints.model_digest(task.teacher)
     if judge != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
     return Run(model, found["history"], row, logits)
@@ -321,22 +324,6 @@ def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]
 
 
 # --- the teacher's answers ------------------------------------------------------------
-
-
-def batch_size(images) -> int:
-    """500 images of 32 x 32, fewer of larger ones: a batch that fits into memory."""
-    return max(1, min(500, 500 * 32 * 32 // int(np.prod(images.shape[1:3]))))
-
-
-def predict_logits(model, images: np.ndarray, *, role: str = "model", codes=None) -> np.ndarray:
-    """Logits of many images, perhaps seen through codes: float32 (N, classes)."""
-    kdlib.check_images(role, model, images)
-    size, parts = batch_size(images), []
-    for k in range(0, len(images), 20 * size):  # no more than these are copied
-        some = images[k : k + 20 * size]
-        some = some if codes is None else kdlib.augment(some, codes[k : k + 20 * size])
-        parts.append(model.predict(some, batch_size=size, verbose=0))
-    return np.concatenate(parts).astype("float32", copy=False)
 
 
 def teacher_answers(teacher, dataset, recipe: Recipe) -> list[np.ndarray]:
@@ -364,7 +351,7 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
         return predict_logits(teacher, images[which], role="teacher",
                               codes=None if codes is None else codes[which])
 
-    key = store.digest(VIEW_CODE, images, store.model_digest(teacher))
+    key = fingerprints.digest(VIEW_CODE, images, fingerprints.model_digest(teacher))
     path = runs_folder() / f"answers-{key[:16]}" / f"{name}.npy"
     if path.exists() and (kept := store.read_array(path)) is not None:
         some = np.linspace(0, len(images) - 1, 8).astype(int)

@@ -22,7 +22,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import cluster, controls, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import cluster, controls, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -149,7 +149,7 @@ def main(arguments=None) -> None:
     rows = students() if parser.parse_args(arguments).students else measure()
     table = pd.DataFrame(rows, columns=["figure", "size", "value", "unit"])
     table = table.assign(value=[float(f"{value:.4g}") for value in table.value],
-                         machine=store.machine())
+                         machine=fingerprints.machine())
     path = runs.REFERENCE / "scaling.csv"
     if path.exists():  # what was not measured now stays
         old = pd.read_csv(path)

@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import cluster, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import cluster, fingerprints, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import filelock
 import keras
 import numpy as np
@@ -50,7 +50,7 @@ class Search:
     @property
     def name(self) -> str:
         notes = store.read_notes(runs.REFERENCE / "rows" / f"{self.dataset}-teacher-seed0.json")
-        known_by = store.digest(vars(self.recipe), self.temperatures, self.alphas,
+        known_by = fingerprints.digest(vars(self.recipe), self.temperatures, self.alphas,
                                 self.random_trials, runs.CODE, notes["model"])
         return f"search-{self.dataset}-{self.recipe.epochs}-epochs-{known_by[:8]}"
 
@@ -93,7 +93,7 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
         cluster.ready(sign, cores)
     study = search.study()
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
-    trial.set_user_attr("machine", store.machine())  # a worker's threads, not the driver's
+    trial.set_user_attr("machine", fingerprints.machine())  # a worker's threads, not the driver's
     maker = cluster._maker()
     teacher = maker.make(*maker.find(search.dataset, "teacher-seed0"))
     label = "" if search.epochs is None else f"-{search.recipe.epochs}-epochs"

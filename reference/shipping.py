@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a file: the project's folder is not on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reference import _greetings_held_back as quiet  # isort: skip  (first: quiet)
-from reference import runs, store
+from reference import fingerprints, runs, store
 import kdlib
 import keras
 import numpy as np
@@ -334,7 +334,7 @@ def versions() -> str:
     from importlib.metadata import version
 
     more = ["ai-edge-litert", *(["onnxruntime"] if has_onnx() else [])]
-    return ", ".join([store.libraries(), *(f"{name} {version(name)}" for name in more)])
+    return ", ".join([fingerprints.libraries(), *(f"{name} {version(name)}" for name in more)])
 
 
 def main(arguments=None) -> None:
@@ -345,7 +345,7 @@ def main(arguments=None) -> None:
     for name in options.name:
         if not (runs.REFERENCE / "weights" / f"{name}.keras").exists():
             parser.error(f"{name!r} is not in reference/weights")
-    machine = store.machine()  # before it counts one thread
+    machine = fingerprints.machine()  # before it counts one thread
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     table = measure(options.name, machine=machine)

@@ -1,115 +1,23 @@
-"""What a run is known by, and how files survive: fingerprints, whole writes, checked reads."""
+"""How files survive: whole writes, checked reads."""
 
 from __future__ import annotations
 
-import ast
 import contextlib
-import functools
 import hashlib
-import inspect
 import json
 import os
-import platform
-import re
 import shutil
 import tempfile
-import textwrap
 import warnings
 import zipfile
 import zlib
 from pathlib import Path
 
-import keras
 import numpy as np
-import tensorflow as tf
+
+from reference.fingerprints import digest, text
 
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
-
-
-def text(value) -> str:
-    """JSON with sorted keys: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def digest(*parts) -> str:
-    """SHA-256 of arrays (dtype, shape, content) and of anything that has a text."""
-    found = hashlib.sha256()
-    for part in parts:
-        if isinstance(part, np.ndarray):
-            found.update(f"{part.dtype}{part.shape}".encode())
-            found.update(np.ascontiguousarray(part).reshape(-1).view("uint8"))  # no copy
-        else:
-            found.update(text(part).encode())
-    return found.hexdigest()
-
-
-def model_digest(model) -> str:
-    return digest(architecture(model), *model.get_weights())
-
-
-def architecture(model) -> str:
-    """Of layers, settings and wiring, whatever numbers Keras put behind the names of layers."""
-    try:
-        config = json.loads(text(model.get_config()))
-    except NotImplementedError:  # a subclassed model; runs.py compares its answers as well
-        return digest(type(model).__qualname__, [list(w.shape) for w in model.weights])
-    nodes = [*model._flatten_layers(), *getattr(model, "operations", ())]
-    number = {node.name: k for k, node in enumerate(nodes)}
-
-    def unnamed(value, named=False):
-        """Names become numbers where they name a layer, and nowhere else."""
-        if isinstance(value, dict):  # a dtype policy has a name alone, and keeps it
-            return {k: unnamed(v, k == "name" and len(value) > 1) for k, v in value.items()}
-        if isinstance(value, list):  # [name, node, tensor] is a wire
-            wire = len(value) == 3 and isinstance(value[1], int)
-            return [unnamed(part, wire and k == 0) for k, part in enumerate(value)]
-        return number.get(value, value) if named else value
-
-    return digest(unnamed(config), *_own_code(model))
-
-
-def _own_code(model) -> list:
-    """Of layers that are not Keras's: the digest of their methods, which no config tells."""
-    kinds = {type(layer) for layer in (model, *model._flatten_layers())}
-    own = sorted((kind for kind in kinds if not kind.__module__.startswith("keras.")),
-                 key=lambda kind: kind.__qualname__)
-    return [code_digest(*filter(inspect.isfunction, vars(kind).values())) for kind in own]
-
-
-def code_digest(*functions) -> str:
-    """Of what functions do: their syntax trees, without comments and docstrings."""
-    return digest([_tree(function) for function in functions])
-
-
-@functools.cache  # of the code that was imported: a file edited later does not change it
-def _tree(function) -> str:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
-            node.body = node.body[1:]
-    return text(_bare(tree))
-
-
-def _bare(node):
-    """A syntax tree as lists. Empty fields are left out: each version of Python has others."""
-    if isinstance(node, ast.AST):
-        fields = [(name, _bare(value)) for name, value in ast.iter_fields(node)]
-        return [type(node).__name__, *(field for field in fields if field[1] not in ("None", []))]
-    return [_bare(each) for each in node] if isinstance(node, list) else repr(node)
-
-
-def libraries() -> str:
-    return f"tensorflow {tf.__version__}, keras {keras.__version__}, numpy {np.__version__}"
-
-
-def machine() -> str:
-    """What rounding depends on besides the libraries: the number of threads, the processor."""
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
-    cpu = found[1] if found else platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or cores
-    return f"{threads} cores, {cpu}"
 
 
 @contextlib.contextmanager

@@ -128,7 +128,7 @@ if sys.argv[1:] == ["pytorch"]:  # a line in: which burst, with which arguments.
 # --- this process ---------------------------------------------------------------------
 
 sys.path.insert(0, str(ROOT))
-from reference import features, plan, recipes, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import features, fingerprints, plan, recipes, runs  # isort: skip  (keeps TensorFlow quiet)
 import kdlib
 import keras
 import numpy as np
@@ -385,7 +385,7 @@ def main():
     first, *again = [pd.DataFrame(found for name in PARTS if name in (given.parts or PARTS)
                                   for found in PARTS[name](dataset, given.rounds))
                      for _ in range(1 + given.twice)]
-    rows = first.assign(again=again[0].value if again else np.nan, machine=store.machine())
+    rows = first.assign(again=again[0].value if again else np.nan, machine=fingerprints.machine())
     if given.twice:
         ratios = rows[rows.unit == "ratio"].assign(apart=lambda r: r.again / r.value - 1)
         print(ratios[["figure", "value", "again", "apart"]].to_string(index=False))

@@ -177,9 +177,19 @@ def printed(name, pattern):
         each if isinstance(each, tuple) else (each,))) for each in found]
 
 
+def search_trials():
+    return pd.read_csv(ROOT / "reference" / "search.csv").query("dataset == 'digits'")
+
+
+def clock():
+    """Notebook 11: seconds of eight students, on one worker and on two."""
+    return pd.read_csv(ROOT / "reference" / "scaling.csv").query(
+        "figure == '8 students, workers'").sort_values("size").value
+
+
 def search_best():
     """Notebook 11: the best finished trial so far, validation, by trial."""
-    trials = pd.read_csv(ROOT / "reference" / "search.csv").query("dataset == 'digits'")
+    trials = search_trials()
     return 100 * trials.val_accuracy.where(trials.state == "complete").cummax().ffill()
 
 
@@ -391,9 +401,9 @@ CLAIMS = {"README.md": {
     "**You should see** both losses fall":
         lambda: all(losses[-1] < losses[0] for losses in map(
             history("cifar10-distilled-seed0").get, ("distillation_loss", "student_loss"))),
-    "Nearly as good: 94.0 % on digits, against 94.2 % with labels":
+    "Nearly as good: 94.2 % on digits, against 94.9 % with labels":
         lambda: 0 < points("distilled", "digits")[0] - 100 * TABLE[
-            TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.5,
+            TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.8,
 }, NOTEBOOK_5: {
     "As it falls, the bands get narrow":
         lambda: all(spread(method, 19) < spread(method, epoch) / 2
@@ -429,8 +439,8 @@ CLAIMS = {"README.md": {
             *of_pairs("val_accuracy").T.to_numpy()).confidence_interval())
         and 0.8 < np.ptp(together) / np.ptp(scipy.stats.ttest_rel(
             *of_pairs("val_accuracy").T.to_numpy()).confidence_interval()) < 1,
-    "| about three points, and its interval is much wider |":
-        lambda: 2.5 < gains(dataset="digits").mean() < 3.5 and gains(dataset="digits").std()
+    "| about three and a half points, and its interval is much wider |":
+        lambda: 3.2 < gains(dataset="digits").mean() < 3.8 and gains(dataset="digits").std()
         > 5 * gains().std(),
 }, NOTEBOOK_6: {
     "most of them lie almost entirely on one class":
@@ -461,8 +471,9 @@ CLAIMS = {"README.md": {
     "Its lead over 0.02 is far smaller than the noise":
         lambda: 0 < rates()["1e-1"] - rows("distilled-5-epochs")[4.0, 0.1, 0] < 0.07
         and printed(NOTEBOOK_6, r"one cell over seeds: ([\d.]+)")[0][0] > 0.2,
-    "0.02 is the best of the six":
-        lambda: rates(7).max() < rows("distilled-7-epochs", dataset="digits")[4.0, 0.1, 0],
+    "0.02 and 0.01 are equally good":
+        lambda: rates(7)["1e-2"] == rates(7).max() == rows(
+            "distilled-7-epochs", dataset="digits")[4.0, 0.1, 0],
     "all students lie within about a point here":
         lambda: np.ptp(map_gains().loc[4:, :0.5]) < 1.1,
     "T = 1 or alpha = 0.9 gives away more than half of the gain":
@@ -598,9 +609,9 @@ CLAIMS = {"README.md": {
     "while the distilled student hardly changes":
         lambda: np.ptp([points(f"distilled-5-epochs-{p}-percent")[0]
                         for p in (1, 5, 10, 50)]) < 0.3,
-    "the gain shrinks from 15 points to one, and at 28 epochs its interval contains zero":
+    "the gain shrinks from 13 points to one, and at 28 epochs its interval contains zero":
         lambda: [round(gains(f"distilled-{n}-epochs", f"scratch-{n}-epochs", "digits").mean())
-                 for n in (3, 28)] == [15, 1],
+                 for n in (3, 28)] == [13, 1],
     "The three gains lie within 0.03 points of each other":
         lambda: 0 < np.ptp(patience()) < 0.035,
 }, NOTEBOOK_9: {
@@ -631,37 +642,48 @@ CLAIMS = {"README.md": {
         lambda: len(apart := printed(NOTEBOOK_9, r"mean difference ([\d.]+)")) == 2
         and apart[0] > apart[1],  # scratch, then distilled
 }, NOTEBOOK_11: {
-    "After half of the epochs it is a good one":
+    "After four of seven epochs it says something, and after five a good deal":
         lambda: (r := [row[1] for row in printed(
-            NOTEBOOK_11, r"after epoch (\d): .* with the last ([+-][\d.]+)")])[3] > 0.7 > r[0],
-    "is soon near the grey band, and doesn't rise after that":
-        lambda: search_best()[3] == search_best().iloc[-1]
-        and 0 <= band().min() - search_best()[3] < 1,
-    "It ends below the best of the grid": lambda: search_best().iloc[-1] < map_of_digits().max(),
+            NOTEBOOK_11, r"after epoch (\d): .* with the last ([+-][\d.]+)")])[4] > 0.8
+        and 0.5 < r[3] < 0.7 and r[0] < 0.5,
+    "The first trial, drawn at random, was the best of all twelve":
+        lambda: len(set(search_best())) == 1 and len(search_best()) == 12,
+    "It lies in the grey band": lambda: band().min() < search_best().iloc[-1] < band().max(),
+    "It stays below the best of the grid": lambda: search_best().iloc[-1] < map_of_digits().max(),
+    "Trial 11 was given up, and its setting is almost that of trial 3, which ended second":
+        lambda: (t := search_trials()).state[11] == "pruned"
+        and np.allclose(t.temperature[11], t.temperature[3], atol=0.02)
+        and np.allclose(t.alpha[11], t.alpha[3], atol=0.04)
+        and t.val_accuracy.where(t.state == "complete").nlargest(2).index[1] == 3,
+    "eight such students took 201 s with one worker and 141 s with two":
+        lambda: [round(each) for each in clock()] == [201, 141],
     "the band is as wide as the distance":
         lambda: np.ptp(band()) > 0.99 * (map_of_digits().max() - search_best().iloc[-1]),
-    "An epoch grows with the data and answers grow with the views; classes cost little":
+    "Twice the data cost twice as much, and answers grow with the views":
         lambda: 3.5 < growth("student, epoch, times the data") < 4.5
-        and 3.5 < growth("teacher, answers, views") < 4.5
-        and growth("student, epoch, classes") < 1.1,
-    "the more classes are kept, the better the students":
+        and 3.5 < growth("teacher, answers, views") < 4.5,
+    "A hundred times the classes cost 6 % more":
+        lambda: round(100 * growth("student, epoch, classes")) == 106,
+    "the means rise like a staircase on CIFAR-10":
         lambda: np.all(np.diff([given_back(k) for k in controls.TOP]) > 0) and given_back(5) < 1,
-    "One class gives back about a third of what whole answers gain over no teacher, two give six "
-    "tenths, and five give nine tenths":
+    "Whole answers gain 1.7 points over no teacher":
+        lambda: round(gains("distilled-5-epochs", "scratch-5-epochs").mean(), 1) == 1.7,
+    "One class keeps about a third of that gain, two keep six tenths, and five keep nine tenths":
         lambda: 0.3 < given_back(1) < 0.37
         and [round(10 * given_back(k)) for k in (2, 5)] == [6, 9],
-    "The means of all lengths lie within 1.4 points there, which is six test images":
+    "The means for all k lie within 1.4 points there, which is six test images":
         lambda: np.ptp(means := [points(f"distilled-7-epochs-top{k}", "digits").mean()
                                  for k in controls.TOP]) < 1.4
         and round(np.ptp(means) * 4.47) == 6,
-    "On CIFAR-10, five of ten classes kept nine tenths of the gain":
-        lambda: round(10 * given_back(5)) == 9,
+    "On CIFAR-10, three of ten classes kept nearly eight tenths of the gain, in 12 bytes":
+        lambda: 0.75 < given_back(3) < 0.8,
     "the top five take a hundredth of the whole answers":
         lambda: round(np.divide(*(paper(row)[2] for row in ("answers", "answers, top 5")))) == 100,
-    "The network of ImageNet carries less than its images":
-        lambda: paper("network a worker")[1] < paper("images")[1],
+    "are fewer bytes than ImageNet's images":
+        lambda: paper("gradients a worker")[1] < paper("images")[1],
 }}
 NOT_MEASURED = {"README.md": {
+    "For a comparison of architectures": "how it is",
     "Compare within a row": "advice",
     "speaks of one teacher": "says what the interval covers",
     "Run the tests": "times",
@@ -854,7 +876,13 @@ NOT_MEASURED = {"README.md": {
     "Dotted: the best of the 25": "a legend", "Four ways out": "a list",
     "What does a shortened answer lose?": "a question",
     "four assumptions that you may change": "assumptions",
-    "hours and bytes grow in proportion": "arithmetic", "most of them are pixels": "arithmetic",
+    "what our assumptions say": "arithmetic", "most of them come from the larger": "arithmetic",
+    "The bytes of the answers grow with images and classes": "arithmetic",
+    "know when their rows are those of one process": "what is learned here",
+    "as good as the best of notebook 06's grid": "a question",
+    "the counts are a little larger than 320": "the output above",
+    "KL divergence from the whole answer": "a definition", "The two vertical axes": "a legend",
+    "rows equal those of one process bit for bit": "test_cluster",
     "Cost grows with images, views and pixels": "the claims above",
     "fall to a twentieth": "arithmetic", "can't tell good settings": "the claim before it",
 }}

@@ -1,6 +1,6 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
-from reference import features, methods, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, fingerprints, methods, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import shutil
 
 import kdlib
@@ -325,8 +325,8 @@ def test_weight_layers_and_code_are_part_of_what_a_run_is(monkeypatch):
         return runs.Task("distilled-x", DIGITS, teacher=net(6), build=student,
                          trainer=features.Trainer(method, weight, names, names)).spec
 
-    base = runs.store.digest(spec())
-    assert base == runs.store.digest(spec())
+    base = fingerprints.digest(spec())
+    assert base == fingerprints.digest(spec())
     others = [spec(weight=2.0), spec(names=("one",)), spec(method="nst")]
     assert len({base, *map(runs.store.digest, others)}) == 4
     plain = runs.Task("distilled-x", DIGITS, teacher=net(6), build=student).spec

@@ -1,6 +1,6 @@
 """Large data stay on the disk: what is held in memory does not grow with them."""
 
-from reference import runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import fingerprints, measures, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import hashlib
 import os
 import subprocess
@@ -84,7 +84,7 @@ def test_stored_answers_are_mapped(tmp_path):
 def test_a_digest_is_of_dtype_shape_and_bytes(array):
     array = np.asarray(array)
     want = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-    assert store.digest(array) == want
+    assert fingerprints.digest(array) == want
 
 
 def test_answers_in_pieces_are_those_in_one(monkeypatch):
@@ -93,16 +93,16 @@ def test_answers_in_pieces_are_those_in_one(monkeypatch):
     codes = kdlib.view_codes(images=60, views=1, shift=4, flip=True)[0]
     seen = kdlib.augment(images, codes)
     whole = teacher.predict(seen, batch_size=60, verbose=0)
-    monkeypatch.setattr(runs, "batch_size", lambda images: 1)  # pieces of 20 images
+    monkeypatch.setattr(measures, "batch_size", lambda images: 1)  # pieces of 20 images
     np.testing.assert_allclose(runs.predict_logits(teacher, images, codes=codes), whole,
                                rtol=1e-5, atol=1e-5)
 
 
 def test_large_images_come_in_smaller_batches():
-    assert runs.batch_size(np.zeros((1, 32, 32, 3))) == 500
-    assert runs.batch_size(np.zeros((1, 8, 8, 3))) == 500
-    assert runs.batch_size(np.zeros((1, 224, 224, 3))) == 10
-    assert runs.batch_size(np.zeros((1, 4000, 4000, 3))) == 1
+    assert measures.batch_size(np.zeros((1, 32, 32, 3))) == 500
+    assert measures.batch_size(np.zeros((1, 8, 8, 3))) == 500
+    assert measures.batch_size(np.zeros((1, 224, 224, 3))) == 10
+    assert measures.batch_size(np.zeros((1, 4000, 4000, 3))) == 1
 
 
 @pytest.mark.long
