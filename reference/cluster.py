@@ -188,6 +188,8 @@ def make(stems, *, workers: int, cores: int = 1, address: str | None = None, bar
         for job, result in _results(ray, list(jobs.values()), begin, workers):
             if isinstance(result, Exception):
                 failed[job.name] = str(getattr(result, "cause", None) or result)
+                if publish and job.name in stems:
+                    experiments.publish_divergence(*experiments.run_of(job.name))
             elif job and job.name in stems:
                 rows[job.name] = result[1]
                 epochs[job.name] = result[1]["epochs"]

@@ -12,6 +12,7 @@ what each row is.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import os
 import sys
@@ -24,6 +25,7 @@ if __name__ == "__main__":  # run as a file: the project's folder is not on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import filelock
 import kdlib
 import keras
 import numpy as np
@@ -102,20 +104,23 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
     if not path.exists():
         return None
     notes = store.read_notes(path)
+    if notes.get("control") != _control(each) or "rounding" in notes:
+        return None  # "rounding": its last bits are those of an older code
+    return notes if _fits(notes, each, seed) else None
+
+
+def _fits(notes: dict, each: Experiment, seed: int) -> bool:
+    """Whether they are of these settings, this code and this teacher."""
     wanted = {**vars(each.full_recipe()), "code": runs.CODE, "trainer": _trainer(each)}
     found = {key: notes["spec"].get(key) for key in wanted}
     if fingerprints.text(found) != fingerprints.text(wanted):
-        return None
-    if notes.get("control") != _control(each) or "rounding" in notes:
-        return None  # "rounding": its last bits are those of an older code
-    if each.distilled and _digest_of_teacher(each, seed) != notes["judge"]:
-        return None
-    return notes
+        return False
+    return not each.distilled or _digest_of_teacher(each, seed) == notes["judge"]
 
 
 def _trainer(each: Experiment) -> dict | None:
     """What a run's spec says of its trainer."""
-    return runs.identity_of(each.trainer()) if each.loss else None
+    return fingerprints.identity_of(each.trainer()) if each.loss else None
 
 
 def _control(each: Experiment) -> str | None:
@@ -123,7 +128,8 @@ def _control(each: Experiment) -> str | None:
     control = CONTROLS.get(each.control)
     used = [getattr(control, "func", control), SIGNALS.get(each.signal), each.build,
             few_labels if each.labels < 100 else None, wrong_labels if each.wrong else None]
-    return fingerprints.code_digest(*filter(None, used)) if any(used) else None
+    used = fingerprints.with_helpers(*filter(None, used))
+    return fingerprints.code_digest(*used) if used else None
 
 
 def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
@@ -132,10 +138,10 @@ def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
     paths = [runs.REFERENCE / "rows" / f"{name}.json" for name in names]
     if not all(path.exists() for path in paths):
         return None
-    if not each.signal:
-        return store.read_notes(paths[0])["model"]
-    return _digest_of_several(each.signal, tuple(names),
-                              tuple(store.read_notes(path)["model"] for path in paths))
+    digests = tuple(store.read_notes(path).get("model") for path in paths)
+    if None in digests:  # one of them diverged
+        return None
+    return _digest_of_several(each.signal, tuple(names), digests) if each.signal else digests[0]
 
 
 @functools.cache
@@ -160,17 +166,34 @@ def publish(run: runs.Run, each: Experiment) -> None:
     notes = store.read_notes(folder / "model.json")
     if each.choice:
         notes["row"] |= dict.fromkeys(("test_accuracy", "nll", "ece", "agreement"))
-    notes["control"] = _control(each)
-    target = runs.REFERENCE / "rows" / f"{name}.json"
-    target.unlink(missing_ok=True)  # never new weights beside old notes
-    if each.weights:
-        content = (folder / "model.keras").read_bytes()
-        store.write_whole(runs.REFERENCE / "weights" / f"{name}.keras",
-                          lambda aside: aside.write_bytes(content))
-    if not each.choice:
-        _keep_answers(folder / "answers.npz", f"{each.dataset}-{each.method}")
-    store.write_notes(target, notes)
-    write_table()
+    with _publishing(name, notes, each):
+        if each.weights:
+            content = (folder / "model.keras").read_bytes()
+            store.write_whole(runs.REFERENCE / "weights" / f"{name}.keras",
+                              lambda aside: aside.write_bytes(content))
+        if not each.choice:
+            _keep_answers(folder / "answers.npz", f"{each.dataset}-{each.method}")
+
+
+def publish_divergence(each: Experiment, seed: int) -> bool:
+    """A run that diverged is a row without figures: reported, not replaced."""
+    for path in runs.runs_folder().glob(f"{each.stem(seed)}-*/diverged.json"):
+        if _fits(notes := store.read_notes(path), each, seed):
+            with _publishing(each.stem(seed), notes, each):
+                return True
+    return False
+
+
+@contextlib.contextmanager
+def _publishing(name: str, notes: dict, each: Experiment):
+    """Notes are written last, beside what they speak of; one process at a time."""
+    runs.runs_folder().mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(runs.runs_folder() / "publishing.lock"):
+        target = runs.REFERENCE / "rows" / f"{name}.json"
+        target.unlink(missing_ok=True)  # never new weights beside old notes
+        yield
+        store.write_notes(target, notes | {"control": _control(each)})
+        write_table()
 
 
 def _but_agreement(row: dict) -> dict:
@@ -211,7 +234,7 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
     """
     notes = [store.read_notes(path) for path in (runs.REFERENCE / "rows").glob("*.json")]
     table = pd.DataFrame([note["row"] | {"training": note["history"]["accuracy"][-1]}
-                          for note in notes])
+                          for note in notes if "diverged" not in note])
     table = table[(table.dataset == dataset) & (table.seed < 100)
                   & table.method.str.fullmatch(r"(scratch|distilled)(-\d+-epochs)?")
                   & table.temperature.isin([np.nan, 4]) & table.alpha.isin([np.nan, 0.1])]
@@ -352,7 +375,8 @@ def main(arguments=None) -> None:
             progress = Progress(bar, each.stem(seed), estimate(each))
             try:
                 publish(maker.make(each, seed, callbacks=[progress]), each)
-            except FloatingPointError as error:  # it diverged; the others go on
+            except FloatingPointError as error:  # the others go on
+                publish_divergence(each, seed)
                 bar.write(f"{each.stem(seed)}: {error}")
 
 

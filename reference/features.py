@@ -4,7 +4,6 @@ The extra layers that a method needs (regressors, embeddings, memories) are trai
 student and thrown away with the distiller. What is saved is the student.
 """
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -396,24 +395,10 @@ class Trainer:
 
     def identity(self) -> tuple[dict, list]:
         """What the trained weights depend on: settings, and the functions that act on them."""
+        from reference import fingerprints  # needs TensorFlow, which a lifted file may not have
         parts = METHODS[self.method].parts
         settings = [part if isinstance(part, str) else str(getattr(part, "settings", ""))
                     for part in parts]
         code = [getattr(part, "__wrapped__", part) for part in parts if callable(part)]
         return {**asdict(self), "settings": settings}, [
-            FeatureDistiller, watch, FeatureLoss, *_used_by(code)]
-
-
-def _used_by(code) -> list:
-    """These functions and classes, and the functions of methods.py that they call, in order."""
-    found, names = dict.fromkeys(code), {name: part for name, part in vars(methods).items() if
-                                         getattr(part, "__module__", "") == methods.__name__}
-    queue = [part.__code__ for part in code if inspect.isfunction(part)]
-    while queue:
-        block = queue.pop()
-        queue += [each for each in block.co_consts if inspect.iscode(each)]
-        for used in (names[name] for name in block.co_names if name in names):
-            if used not in found:
-                found[used] = None
-                queue.append(used.__code__)
-    return list(found)
+            FeatureDistiller, watch, FeatureLoss, *fingerprints.with_helpers(*code)]

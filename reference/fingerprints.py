@@ -35,6 +35,12 @@ def digest(*parts) -> str:
     return found.hexdigest()
 
 
+def data_digest(dataset) -> str:
+    """Of all pixels and labels as they are now."""
+    return digest(*(getattr(dataset, f"{a}_{part}") for a in "xy"
+                    for part in ("train", "val", "test")))
+
+
 def model_digest(model) -> str:
     return digest(architecture(model), *model.get_weights())
 
@@ -73,6 +79,21 @@ def code_digest(*functions) -> str:
     return digest([_tree(function) for function in functions])
 
 
+def with_helpers(*code) -> list:
+    """These functions and classes, and the functions of their own modules that they call."""
+    found, queue = dict.fromkeys(code), [(part, part.__code__) for part in code
+                                         if inspect.isfunction(part)]
+    while queue:
+        caller, block = queue.pop()
+        queue += [(caller, each) for each in block.co_consts if inspect.iscode(each)]
+        for part in map(caller.__globals__.get, block.co_names):
+            own = inspect.isfunction(part) and part.__module__ == caller.__module__
+            if own and part not in found:
+                found[part] = None
+                queue.append((part, part.__code__))
+    return list(found)
+
+
 @functools.cache  # of the code that was imported: a file edited later does not change it
 def _tree(function) -> str:
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
@@ -88,6 +109,12 @@ def _bare(node):
         fields = [(name, _bare(value)) for name, value in ast.iter_fields(node)]
         return [type(node).__name__, *(field for field in fields if field[1] not in ("None", []))]
     return [_bare(each) for each in node] if isinstance(node, list) else repr(node)
+
+
+def identity_of(trainer) -> dict:
+    """A trainer's settings, and the digest of the code that acts on the numbers."""
+    settings, code = trainer.identity()
+    return {**settings, "code": code_digest(*code)}
 
 
 def libraries() -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
-from reference import features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import keras
 from keras import layers
@@ -278,7 +278,8 @@ def chosen_factor(each: Experiment) -> float:
         path = runs.REFERENCE / "rows" / f"{trial.stem(100)}.json"
         kdlib.require(path.exists(), f"the trial {trial.method} of {each.method} is missing. Make "
                       f"it first: python reference/experiments.py {trial.method}")
-        found[trial.factor] = store.read_notes(path)["row"]["val_accuracy"]
+        accuracy = store.read_notes(path)["row"]["val_accuracy"]
+        found[trial.factor] = -1 if accuracy is None else accuracy  # None: it diverged
     return max(FACTORS, key=found.get)
 
 
@@ -370,7 +371,7 @@ def _architectures() -> list[Experiment]:
 
 
 for _name in features.METHODS:  # read now: a file edited later is not what runs
-    runs.identity_of(features.Trainer(_name, 1.0))
+    fingerprints.identity_of(features.Trainer(_name, 1.0))
 
 PUBLISHED = _published() + _many_machines()  # what the notebooks show
 PLANNED = _recipe_choice() + _evidence() + _methods() + _architectures()

@@ -67,14 +67,6 @@ class Keeper(keras.callbacks.Callback):
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError  # as kdlib's guard does, where a Distiller is trained
 
-    def diverged(self) -> FloatingPointError:
-        """The error to raise. It is kept: the same training would diverge again."""
-        sentence = (f"the loss of {self.folder.name} is not finite in epoch {self.epoch + 1}: the "
-                    "training has diverged. Choose a smaller learning rate, or look for nan in "
-                    "what it learns from.")
-        store.write_whole(self.folder / "diverged.txt", lambda aside: aside.write_text(sentence))
-        return FloatingPointError(sentence)
-
     def on_epoch_end(self, epoch, logs=None):
         for key, value in dict(logs, seconds=time.perf_counter() - self.started).items():
             self.history.setdefault(key, []).append(round(float(value), 5))

@@ -78,8 +78,8 @@ def train_or_load(method: str, dataset, *, callbacks=None, **settings) -> Run:
         return run
     with store.named(task.folder):
         task.folder.mkdir(parents=True, exist_ok=True)
-    if (sentence := task.folder / "diverged.txt").exists():
-        raise FloatingPointError(sentence.read_text())
+    if (kept := task.folder / "diverged.json").exists():
+        raise FloatingPointError(store.read_notes(kept)["diverged"])
     try:
         with filelock.FileLock(task.folder / "lock").acquire(timeout=0):
             # Another process may have just finished it.
@@ -123,7 +123,7 @@ class Task:
         self.first_answers = _check_fits("build's model", self.model, dataset)
         by_teacher = self.distilled and (answers is None or trainer is not None)
         self.spec = {
-            "code": CODE, "dataset": dataset.name, "data": data_digest(dataset),
+            "code": CODE, "dataset": dataset.name, "data": fingerprints.data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
             "architecture": fingerprints.architecture(self.model),
             "begins_with": fingerprints.digest(*self.model.get_weights()) if self.own else None,
@@ -133,7 +133,7 @@ class Task:
             "answers": None if answers is None else fingerprints.digest(*self.answers),
         }
         if trainer is not None:
-            self.spec["trainer"] = identity_of(trainer)
+            self.spec["trainer"] = fingerprints.identity_of(trainer)
         self.folder = runs_folder() / f"{stem(self.spec)}-{fingerprints.digest(self.spec)[:10]}"
 
     def _check(self, method) -> None:
@@ -193,7 +193,7 @@ class Task:
                                 validation_batch_size=batch_size(self.dataset.x_val),
                                 callbacks=[keeper, *(callbacks or bar)])
         except FloatingPointError:
-            raise keeper.diverged() from None
+            raise self._diverged(keeper) from None
         finally:
             for own in bar:
                 own.on_train_end()
@@ -221,27 +221,39 @@ class Task:
 
     def finish(self, keeper) -> Run:
         """Measure the model and save the result. Delete the states last: nothing can be lost."""
-        data, history, model = self.dataset, keeper.history, self.model
+        model, logits = self.model, _both_logits(self.model, self.dataset)
+        notes = self._notes(keeper, _figures(logits, self.dataset, self.teacher)) | {
+            "model": fingerprints.model_digest(model),
+            "weights": fingerprints.digest(*model.get_weights()),
+            "first_answers": self.first_answers.tolist()}
+        half = measures.write_logits(self.folder / "answers.npz", stem(self.spec), logits)
+        store.write_whole(self.folder / "model.keras", model.save)
+        store.write_notes(self.folder / "model.json", notes)
+        for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        return Run(model, notes["history"], notes["row"], half)
+
+    def _notes(self, keeper, figures: dict) -> dict:
+        """What is kept of a training: what it was, its row of results.csv, its history."""
+        model, history = self.model, keeper.history
         if self.teacher is None and self.distilled:
             history = {key: values for key, values in history.items()
                        if key not in ("val_loss", "val_distillation_loss")}
-        logits = _both_logits(model, data)
-        row = {**self.spec, **_figures(logits, data, self.teacher), "teacher": self.taught_by,
+        row = {**self.spec, **figures, "teacher": self.taught_by,
                "model": re.sub(r"_\d+$", "", model.name), "parameters": model.count_params(),
-               "seconds": round(sum(history["seconds"])), "machine": keeper.machines[-1],
+               "seconds": round(sum(history.get("seconds", ()))), "machine": keeper.machines[-1],
                "versions": fingerprints.libraries()}
-        row = {key: row[key] for key in RESULT_COLUMNS}
-        half = measures.write_logits(self.folder / "answers.npz", stem(self.spec), logits)
-        store.write_whole(self.folder / "model.keras", model.save)
-        store.write_notes(self.folder / "model.json", {
-            "spec": self.spec, "row": row, "history": history, "machines": keeper.machines,
-            "judge": None if self.teacher is None else fingerprints.model_digest(self.teacher),
-            "model": fingerprints.model_digest(model),
-            "weights": fingerprints.digest(*model.get_weights()),
-            "first_answers": self.first_answers.tolist()})
-        for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return Run(model, history, row, half)
+        judge = None if self.teacher is None else fingerprints.model_digest(self.teacher)
+        return {"spec": self.spec, "row": {key: row.get(key) for key in RESULT_COLUMNS},
+                "history": history, "machines": keeper.machines, "judge": judge}
+
+    def _diverged(self, keeper) -> FloatingPointError:
+        """The error to raise. It is kept: the same training would diverge again."""
+        sentence = (f"the loss of {self.folder.name} is not finite in epoch {keeper.epoch + 1}: "
+                    "it diverged. Choose a smaller learning rate, or look for nan in its data.")
+        store.write_notes(self.folder / "diverged.json",
+                          self._notes(keeper, {}) | {"diverged": sentence})
+        return FloatingPointError(sentence)
 
 
 def stem(row: dict) -> str:
@@ -249,18 +261,6 @@ def stem(row: dict) -> str:
     usual = row["temperature"] is None or (row["temperature"], row["alpha"]) == (4.0, 0.1)
     setting = "" if usual else f"-T{row['temperature']:g}-alpha{row['alpha']:g}"
     return f"{row['dataset']}-{row['method']}{setting}-seed{row['seed']}"
-
-
-def identity_of(trainer) -> dict:
-    """A trainer's settings, and the digest of the code that acts on the numbers."""
-    settings, code = trainer.identity()
-    return {**settings, "code": fingerprints.code_digest(*code)}
-
-
-def data_digest(dataset) -> str:
-    """Of all pixels and labels as they are now."""
-    return fingerprints.digest(*(getattr(dataset, f"{a}_{part}") for a in "xy"
-                          for part in ("train", "val", "test")))
 
 
 def runs_folder() -> Path:

@@ -51,7 +51,7 @@ class Search:
     def name(self) -> str:
         notes = store.read_notes(runs.REFERENCE / "rows" / f"{self.dataset}-teacher-seed0.json")
         known_by = fingerprints.digest(vars(self.recipe), self.temperatures, self.alphas,
-                                self.random_trials, runs.CODE, notes["model"])
+                                       self.random_trials, runs.CODE, notes["model"])
         return f"search-{self.dataset}-{self.recipe.epochs}-epochs-{known_by[:8]}"
 
     def study(self):

@@ -1,6 +1,6 @@
 """Data: splits, views, and files that are not what they should be."""
 
-from reference import runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import fingerprints, store  # isort: skip  (first: keeps TensorFlow quiet)
 import hashlib
 import pickle
 import shutil
@@ -27,7 +27,8 @@ def test_digits_shapes_and_determinism(digits):
         x, y = getattr(digits, f"x_{part}"), getattr(digits, f"y_{part}")
         assert x.dtype == np.uint8 and x.shape[1:] == (32, 32, 3)
         assert y.dtype == np.int32 and len(x) == len(y) and set(y) == set(range(10))
-    assert runs.data_digest(digits) == runs.data_digest(kdlib.load_dataset("digits"))
+    again = kdlib.load_dataset("digits")
+    assert fingerprints.data_digest(digits) == fingerprints.data_digest(again)
     assert len(digits.x_val) == 150 and len(digits.x_test) == 447
 
 
@@ -145,13 +146,13 @@ def official(arrays, folder):
 def test_the_official_archive_packed_and_unpacked(cifar):
     path, arrays = cifar
     np.savez(path, **arrays)
-    want = runs.data_digest(kdlib.load_dataset())
+    want = fingerprints.data_digest(kdlib.load_dataset())
     path.unlink()
     folder = path.parent / "cifar-10-batches-py"
     official(arrays, folder)
-    assert runs.data_digest(kdlib.load_dataset()) == want
+    assert fingerprints.data_digest(kdlib.load_dataset()) == want
     archive = packed(folder)
-    assert runs.data_digest(kdlib.load_dataset()) == want
+    assert fingerprints.data_digest(kdlib.load_dataset()) == want
     archive.write_bytes(archive.read_bytes()[:100_000])
     with pytest.raises(ValueError, match="tar.gz is damaged, or not CIFAR-10.*Fetch it again"):
         kdlib.load_dataset()
@@ -209,7 +210,7 @@ def test_the_real_cifar10_and_its_published_split():
     for y, images in ((dataset.y_train, 4500), (dataset.y_val, 500), (dataset.y_test, 1000)):
         assert (np.bincount(y) == images).all()
     notes = store.read_notes(ROOT / "reference" / "rows" / "cifar10-scratch-seed0.json")
-    assert runs.data_digest(dataset) == notes["spec"]["data"]
+    assert fingerprints.data_digest(dataset) == notes["spec"]["data"]
 
 
 def no_network(*args, **kwargs):
@@ -263,11 +264,11 @@ def test_a_folder_that_is_set_and_wrong(offline, monkeypatch, tmp_path, name):
 def test_the_split_does_not_depend_on_the_order_of_the_file(cifar):
     path, arrays = cifar
     np.savez(path, **arrays)
-    first = runs.data_digest(kdlib.load_dataset())
+    first = fingerprints.data_digest(kdlib.load_dataset())
     mixed = np.random.default_rng(1).permutation(600)
     np.savez(path, **{**arrays, "x_train": arrays["x_train"][mixed],
                       "y_train": arrays["y_train"][mixed]})
-    assert runs.data_digest(kdlib.load_dataset()) == first
+    assert fingerprints.data_digest(kdlib.load_dataset()) == first
 
 
 # --- a dataset of one's own ---

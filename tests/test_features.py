@@ -302,9 +302,9 @@ def train(method, *, callbacks=None, weight=0.1, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["crd", "fitnet"])
+@pytest.mark.parametrize("method", ["crd"])  # it has all that can be lost
 def test_a_killed_run_ends_with_the_same_weights(method, tmp_path, monkeypatch):
-    """Memories, regressors and the draw of the negatives go on where they were."""
+    """Memories, embeddings and the draw of the negatives go on where they were."""
     ended = []
     for folder, killed in (("whole", False), ("cut", True)):
         monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / folder))
@@ -328,7 +328,7 @@ def test_weight_layers_and_code_are_part_of_what_a_run_is(monkeypatch):
     base = fingerprints.digest(spec())
     assert base == fingerprints.digest(spec())
     others = [spec(weight=2.0), spec(names=("one",)), spec(method="nst")]
-    assert len({base, *map(runs.store.digest, others)}) == 4
+    assert len({base, *map(fingerprints.digest, others)}) == 4
     plain = runs.Task("distilled-x", DIGITS, teacher=net(6), build=student).spec
     assert "trainer" not in plain  # published runs without one keep their identity
 

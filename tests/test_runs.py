@@ -1,10 +1,9 @@
-"""runs, store, experiments: what is found again, what survives, what is measured."""
+"""runs, recipes, resume, store: what is found again, what survives, what is measured."""
 
-from reference import controls, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
 from reference import plan, recipes, resume, runs, store  # isort: skip
 import ast
 import contextlib
-import functools
 import importlib.util
 import json
 import shutil
@@ -14,11 +13,9 @@ import filelock
 import kdlib
 import keras
 import numpy as np
-import pandas as pd
 import pytest
 import scipy
 import tensorflow as tf
-from conftest import CIFAR10
 from test_distiller import tiny
 
 RECIPE = runs.Recipe(epochs=3, batch_size=10, learning_rate=0.01, views=2, flip=False)
@@ -311,6 +308,7 @@ def test_answers_are_known_by_their_content(data, folder):
     same = train(data, method="mine", answers=answers_of(teacher, data), taught_by="an array")
     assert_same_weights(plain, same)
     assert same.row["teacher"] == "an array" and "val_distillation_loss" not in same.history
+    assert same.row["agreement"] is None  # with nobody
     for _ in range(2):  # another content is another run; the same content is found again
         other = train(data, method="mine", answers=answers_of(teacher, data, np.negative))
         assert np.any(other.model.get_weights()[0] != plain.model.get_weights()[0])
@@ -893,106 +891,3 @@ def test_a_runs_folder_that_cannot_be_written(data, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KD_RUNS_DIR", "~/mine")
     assert runs.runs_folder() == tmp_path / "mine"
-
-
-# --- what is published ---
-
-PUBLISHED = sorted(path.stem for path in (runs.REFERENCE / "weights").glob("*.keras"))
-
-
-def test_the_table_holds_the_rows_of_all_published_runs():
-    table = pd.read_csv(runs.REFERENCE / "results.csv")
-    rows = [store.read_notes(path)["row"] for path in (runs.REFERENCE / "rows").glob("*.json")]
-    want = pd.DataFrame(rows, columns=runs.RESULT_COLUMNS)
-    order = ["dataset", "method", "temperature", "alpha", "seed", "val_accuracy"]
-    pd.testing.assert_frame_equal(
-        table.sort_values(order, ignore_index=True), want.sort_values(order, ignore_index=True),
-        check_dtype=False)
-
-
-def test_every_row_that_the_notebooks_show_is_published():
-    for each, seed in experiments.missing(plan.PUBLISHED):  # there, but of another rounding
-        assert "rounding" in store.read_notes(runs.REFERENCE / "rows" / f"{each.stem(seed)}.json")
-
-
-def test_published_runs_are_of_todays_code():
-    """When this fails: experiments.py --restamp proves them, or they have to be made again."""
-    codes = {store.read_notes(path)["spec"]["code"]
-             for path in (runs.REFERENCE / "rows").glob("*.json")}
-    assert codes == {runs.CODE}
-
-
-def test_the_list_of_experiments(capsys):
-    experiments.main(["--list", "--dataset", "digits"])
-    assert "scratch-90-epochs" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        experiments.main(["no-such-method"])
-
-
-@pytest.mark.slow
-def test_making_and_publishing_rows(data, monkeypatch, tmp_path):
-    """Two experiments from nothing: rows, weights, answers, table; the second time nothing."""
-    reference = tmp_path / "reference"
-    monkeypatch.setattr(runs, "REFERENCE", reference)
-    (reference / "rows").mkdir(parents=True)
-    short = dict(dataset="digits", build=lambda: tiny(4), recipe=vars(RECIPE))
-    table = [plan.Experiment("teacher", weights=True, **short | {"build": lambda: tiny(8)}),
-             plan.Experiment("distilled", (0, 1), teacher="teacher-seed0", **short),
-             plan.Experiment("distilled-x", (100,), teacher="teacher-seed0", choice=True,
-                                    control="shuffled", **short)]
-    monkeypatch.setattr(experiments, "EXPERIMENTS", table)
-    monkeypatch.setattr(experiments, "seconds_per_epoch", lambda: lambda each: 1.0)
-    monkeypatch.setattr(experiments.kdlib, "load_dataset", lambda name: data)
-    assert len(experiments.missing(table)) == 4
-    experiments.main([])
-    assert experiments.missing(table) == []
-    rows = pd.read_csv(reference / "results.csv")
-    assert list(rows.method) == ["distilled", "distilled", "distilled-x", "teacher"]
-    assert rows.test_accuracy.isna().tolist() == [False, False, True, False]
-    assert rows.teacher[0] == "teacher-seed0"
-    kept = np.load(reference / "answers" / "digits-distilled.npz")
-    assert set(kept) == {f"digits-distilled-seed{k}/{part}" for k in (0, 1)
-                         for part in ("val", "test")}
-    assert [path.name for path in (reference / "weights").iterdir()] == [
-        "digits-teacher-seed0.keras"]
-
-
-published_data = functools.cache(kdlib.load_dataset)
-
-
-@pytest.mark.parametrize("path", sorted((runs.REFERENCE / "answers").glob("*.npz")),
-                         ids=lambda path: path.stem)
-def test_published_answers_give_the_published_figures(path):
-    name = path.stem.split("-")[0]
-    if name == "cifar10" and not CIFAR10.exists():
-        pytest.skip("no cifar10.npz in KD_DATA_DIR")
-    dataset = published_data(name)
-    for stem in {key.partition("/")[0] for key in np.load(path)}:
-        row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
-        logits = measures.read_logits(path, stem)
-        assert row["val_accuracy"] == np.mean(logits["val"].argmax(-1) == dataset.y_val).round(4)
-        assert row["test_accuracy"] == np.mean(logits["test"].argmax(-1) == dataset.y_test).round(4)
-        nll = scipy.special.logsumexp(logits["test"], axis=-1) - logits["test"][
-            np.arange(len(dataset.y_test)), dataset.y_test]
-        assert row["nll"] == pytest.approx(nll.mean(), abs=2e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
-                         + ["cifar10-distilled-100-epochs-seed0"])
-def test_published_weights_give_the_published_figures(stem):
-    name = stem.split("-")[0]
-    if name == "cifar10" and not CIFAR10.exists():
-        pytest.skip("no cifar10.npz in KD_DATA_DIR")
-    dataset = published_data(name)
-    weights = runs.REFERENCE / "weights"
-    teacher = keras.saving.load_model(weights / f"{name}-teacher-seed0.keras")
-    row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
-    model = keras.saving.load_model(weights / f"{stem}.keras")
-    got = runs.measure(model, dataset, None if row["agreement"] is None else teacher)
-    for key, value in got.items():
-        if value is not None:
-            assert row[key] == pytest.approx(value, abs=0.003), key
-    kept = measures.read_logits(runs.REFERENCE / "answers" / f"{name}-{row['method']}.npz", stem)
-    live = runs.predict_logits(model, dataset.x_val)
-    np.testing.assert_allclose(kept["val"], live, rtol=2e-3, atol=2e-2)

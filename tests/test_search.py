@@ -45,6 +45,15 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_a_search_is_known_by_what_it_searches(monkeypatch):
+    names = [search.Search(**settings).name for settings in (
+        {}, {"epochs": 3}, {"random_trials": 6}, {"alphas": (0.0, 0.5)},
+        {"temperatures": (1.0, 8.0)}, {"dataset": "cifar10"})]
+    monkeypatch.setattr(search.runs, "CODE", "other code")
+    names.append(search.Search().name)
+    assert len(set(names)) == len(names) and search.Search().name == names[-1]
+
+
 def test_a_budget_is_kept_and_poor_trials_are_given_up(monkeypatch):
     fake = Fake(monkeypatch)
     study = search.run(search.Search(), trials=14)

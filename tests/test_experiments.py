@@ -1,0 +1,207 @@
+"""experiments and plan: how rows are made and published, and what is published now."""
+
+from reference import controls, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import plan, runs, store  # isort: skip
+import functools
+from dataclasses import replace
+
+import filelock
+import kdlib
+import keras
+import numpy as np
+import pandas as pd
+import pytest
+import scipy
+from conftest import CIFAR10
+from test_distiller import tiny
+
+RECIPE = runs.Recipe(epochs=3, batch_size=10, learning_rate=0.01, views=2, flip=False)
+
+
+def small():
+    return tiny(4)
+
+
+def large():
+    return tiny(8)
+
+
+SHORT = dict(dataset="digits", build=small, recipe=vars(RECIPE))
+WILD = vars(replace(RECIPE, optimizer="sgd", learning_rate=1e30, warmup=0.0))
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Make a table's missing rows in an empty reference folder; returns results.csv."""
+    digits, reference = kdlib.load_dataset("digits"), tmp_path / "reference"
+    data = replace(digits, **{f"{a}_{part}": getattr(digits, f"{a}_{part}")[:60]
+                              for a in "xy" for part in ("train", "val", "test")})
+    (reference / "rows").mkdir(parents=True)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "runs"))
+    monkeypatch.setattr(runs, "REFERENCE", reference)
+    monkeypatch.setattr(experiments, "seconds_per_epoch", lambda: lambda each: 1.0)
+    monkeypatch.setattr(experiments.kdlib, "load_dataset", lambda name: data)
+
+    def made(*table):
+        monkeypatch.setattr(experiments, "EXPERIMENTS", table)
+        experiments.main([])
+        assert experiments.missing(table) == []
+        return pd.read_csv(reference / "results.csv")
+
+    return made
+
+
+@pytest.mark.slow
+def test_making_and_publishing_rows(make):
+    """Three experiments from nothing: rows, weights, answers, table."""
+    rows = make(
+        plan.Experiment("teacher", weights=True, **SHORT | {"build": large}),
+        plan.Experiment("distilled", (0, 1), teacher="teacher-seed0", **SHORT),
+        plan.Experiment("distilled-x", (100,), teacher="teacher-seed0", choice=True,
+                        control="shuffled", **SHORT))
+    assert list(rows.method) == ["distilled", "distilled", "distilled-x", "teacher"]
+    assert rows.test_accuracy.isna().tolist() == [False, False, True, False]
+    assert rows.teacher[0] == "teacher-seed0"
+    kept = np.load(runs.REFERENCE / "answers" / "digits-distilled.npz")
+    assert set(kept) == {f"digits-distilled-seed{k}/{part}" for k in (0, 1)
+                         for part in ("val", "test")}
+    assert [path.name for path in (runs.REFERENCE / "weights").iterdir()] == [
+        "digits-teacher-seed0.keras"]
+
+
+@pytest.mark.slow
+def test_a_teacher_made_anew_makes_its_students_anew_in_the_same_call(make):
+    student = plan.Experiment("distilled", teacher="teacher-seed0", **SHORT)
+    judges = []
+    for epochs in (1, 2):
+        recipe = vars(replace(RECIPE, epochs=epochs))
+        make(plan.Experiment("teacher", weights=True, dataset="digits", build=large,
+                             recipe=recipe), student)
+        teacher, taught = (store.read_notes(runs.REFERENCE / "rows" / f"digits-{name}-seed0.json")
+                           for name in ("teacher", "distilled"))
+        assert taught["judge"] == teacher["model"]
+        judges.append(taught["judge"])
+    assert judges[0] != judges[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_is_a_row_and_the_others_go_on(make, capsys):
+    table = (plan.Experiment("scratch-wild", **SHORT | {"recipe": WILD}),
+             plan.Experiment("scratch", **SHORT))
+    for _ in range(2):  # the second time there is nothing to do
+        rows = make(*table).set_index("method")
+        assert rows.val_accuracy.isna().to_dict() == {"scratch": False, "scratch-wild": True}
+        assert rows.epochs["scratch-wild"] == 3 and rows.parameters["scratch-wild"] > 0
+    notes = store.read_notes(runs.REFERENCE / "rows" / "digits-scratch-wild-seed0.json")
+    assert "it diverged" in notes["diverged"]
+    assert experiments.publish_divergence(table[1], 0) is False
+    again = plan.Experiment("scratch-wild", **SHORT)  # the same name with a tamer recipe
+    assert make(again, table[1]).val_accuracy.notna().all()
+
+
+def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
+    """And by what they call: another rule for softening is another control."""
+    each, seed = experiments.run_of("digits-distilled-7-epochs-shuffled-seed0")
+    assert experiments.notes_of(each, seed)
+    assert not experiments.notes_of(replace(each, control="evened"), seed)
+    assert controls._softened in fingerprints.with_helpers(controls.evened)
+    assert plan._unit in fingerprints.with_helpers(plan.residual_student)
+    each, seed = experiments.run_of("digits-distilled-3-epochs-at-kd-seed0")
+    assert experiments.notes_of(each, seed)
+    for change in ({"factor": 2.0}, {"loss": "nst"}, {"place": "misplaced"}, {"loss": None}):
+        assert not experiments.notes_of(replace(each, **change), seed), change
+
+
+def test_a_trial_that_diverged_is_not_chosen(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    each = plan.Experiment("distilled-at", teacher="teacher-seed0", loss="at")
+    accuracies = dict(zip((1.0, 0.1, 10.0), (None, 0.5, 0.4), strict=True))
+    for trial in each.trials():
+        store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json",
+                          {"row": {"val_accuracy": accuracies[trial.factor]}})
+    assert plan.chosen_factor(each) == 0.1
+
+
+def test_one_process_publishes_at_a_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    row = dict.fromkeys(runs.RESULT_COLUMNS, 0)
+    with experiments._publishing("one", {"row": row}, plan.Experiment("one")):
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / "publishing.lock").acquire(timeout=0)
+    assert list(pd.read_csv(tmp_path / "results.csv").seed) == [0]
+
+
+# --- what is published ---
+
+PUBLISHED = sorted(path.stem for path in (runs.REFERENCE / "weights").glob("*.keras"))
+
+
+def test_the_table_holds_the_rows_of_all_published_runs():
+    table = pd.read_csv(runs.REFERENCE / "results.csv")
+    rows = [store.read_notes(path)["row"] for path in (runs.REFERENCE / "rows").glob("*.json")]
+    want = pd.DataFrame(rows, columns=runs.RESULT_COLUMNS)
+    order = ["dataset", "method", "temperature", "alpha", "seed", "val_accuracy"]
+    pd.testing.assert_frame_equal(
+        table.sort_values(order, ignore_index=True), want.sort_values(order, ignore_index=True),
+        check_dtype=False)
+
+
+def test_every_row_that_the_notebooks_show_is_published():
+    for each, seed in experiments.missing(plan.PUBLISHED):  # there, but of another rounding
+        assert "rounding" in store.read_notes(runs.REFERENCE / "rows" / f"{each.stem(seed)}.json")
+
+
+def test_published_runs_are_of_todays_code():
+    """When this fails: experiments.py --restamp proves them, or they have to be made again."""
+    codes = {store.read_notes(path)["spec"]["code"]
+             for path in (runs.REFERENCE / "rows").glob("*.json")}
+    assert codes == {runs.CODE}
+
+
+def test_the_list_of_experiments(capsys):
+    experiments.main(["--list", "--dataset", "digits"])
+    assert "scratch-90-epochs" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        experiments.main(["no-such-method"])
+
+
+published_data = functools.cache(kdlib.load_dataset)
+
+
+@pytest.mark.parametrize("path", sorted((runs.REFERENCE / "answers").glob("*.npz")),
+                         ids=lambda path: path.stem)
+def test_published_answers_give_the_published_figures(path):
+    name = path.stem.split("-")[0]
+    if name == "cifar10" and not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
+    dataset = published_data(name)
+    for stem in {key.partition("/")[0] for key in np.load(path)}:
+        row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
+        logits = measures.read_logits(path, stem)
+        assert row["val_accuracy"] == np.mean(logits["val"].argmax(-1) == dataset.y_val).round(4)
+        assert row["test_accuracy"] == np.mean(logits["test"].argmax(-1) == dataset.y_test).round(4)
+        nll = scipy.special.logsumexp(logits["test"], axis=-1) - logits["test"][
+            np.arange(len(dataset.y_test)), dataset.y_test]
+        assert row["nll"] == pytest.approx(nll.mean(), abs=2e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
+                         + ["cifar10-distilled-100-epochs-seed0"])
+def test_published_weights_give_the_published_figures(stem):
+    name = stem.split("-")[0]
+    if name == "cifar10" and not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
+    dataset = published_data(name)
+    weights = runs.REFERENCE / "weights"
+    teacher = keras.saving.load_model(weights / f"{name}-teacher-seed0.keras")
+    row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
+    model = keras.saving.load_model(weights / f"{stem}.keras")
+    got = runs.measure(model, dataset, None if row["agreement"] is None else teacher)
+    for key, value in got.items():
+        if value is not None:
+            assert row[key] == pytest.approx(value, abs=0.003), key
+    kept = measures.read_logits(runs.REFERENCE / "answers" / f"{name}-{row['method']}.npz", stem)
+    live = runs.predict_logits(model, dataset.x_val)
+    np.testing.assert_allclose(kept["val"], live, rtol=2e-3, atol=2e-2)
