@@ -6,6 +6,7 @@ _many_machines, _methods and _architectures before they are made.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -183,29 +184,37 @@ def _recipe_choice() -> list[Experiment]:
 
 
 def residual_teacher(num_classes: int = 10) -> keras.Model:
-    """A candidate of part A: a teacher's budget with two residual pairs."""
+    """A teacher's budget, with two residual pairs. For parts A and J."""
+    return _residual("residual", (24, 64, 96, 128), _unit, num_classes)
+
+
+def large_teacher(num_classes: int = 10) -> keras.Model:
+    """The residual network of part D: about 5 million parameters, three residual pairs."""
+    return _residual("residual_large", (52, 104, 208, 416), _pair, num_classes)
+
+
+def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> keras.Model:
     pixels = keras.Input((32, 32, 3), name="pixels")
     variance = [std**2 for std in kdlib.PIXEL_STD]
     x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
-    x = _unit(_unit(x, 24, kernel=2), 64, pool=True)
-    for width, after in ((64, 96), (96, 128)):
-        x = layers.Add()([x, _unit(_unit(x, width), width)])
-        x = _unit(x, after, pool=True)
-    x = layers.GlobalMaxPooling2D()(_unit(x, 128))
-    return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name="residual")
+    x = _unit(_unit(x, widths[0], kernel=2), widths[1], pool=True)
+    for width, after in itertools.pairwise(widths[1:]):
+        x = _unit(_pair(x, width), after, pool=True)
+    x = layers.GlobalMaxPooling2D()(last(x, widths[-1]))
+    return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name=name)
 
 
 def _evidence() -> list[Experiment]:
     """Parts B to G of PROTOCOL.md.
 
-    Of part B only the teachers and the sixth scratch student stand here. The distilled students,
-    each with a teacher of its own, take the place of those of one teacher when all are there.
+    The students of part B take the name and place of those of one teacher when all are there.
     """
     one, own = "teacher-seed0", "teacher-seed{seed}"
     six = " ".join(f"teacher-seed{k}" for k in range(6))
     table = [  # B, C
         Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
         Experiment("scratch", (5,), weights=True),
+        Experiment("distilled-own", (*PAIRS, 5), teacher=own, weights=True),
         Experiment("distilled-smoothed", PAIRS, teacher=one, control="smoothed"),
         Experiment("distilled-evened", PAIRS, teacher=one, control="evened"),
         Experiment("distilled-shuffled", PAIRS, teacher=one, control="shuffled"),
@@ -213,6 +222,8 @@ def _evidence() -> list[Experiment]:
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
+        Experiment("teacher-large", build=large_teacher),
+        Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0"),
         Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
         Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
         Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
@@ -335,12 +346,15 @@ def _unit(x, width: int, *, kernel: int = 3, pool: bool = False):
     return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
 
 
+def _pair(x, width: int):
+    return layers.Add()([x, _unit(_unit(x, width), width)])
+
+
 def _residual_body(x):
     # No convolution of 1x1 with a stride: see TensorFlow on AVX-512 with few channels.
     x = _unit(x, 24, pool=True)
     for width, pool in ((32, False), (48, True)):
-        x = _unit(x, width, pool=pool)
-        x = layers.Add()([x, _unit(_unit(x, width), width)])
+        x = _pair(_unit(x, width, pool=pool), width)
     return x
 
 
