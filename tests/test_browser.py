@@ -144,7 +144,8 @@ def test_a_person_runs_the_notebook(page, lab, screenshots, name):
     for cell in cells:
         assert "error" not in cell["kinds"] and "stderr" not in cell["text"], cell
     assert sum(cell["images"] for cell in cells) >= 2
-    look(page, screenshots, Path(name).stem)
+    if "KD_SCREENSHOTS" in os.environ:
+        look(page, screenshots, Path(name).stem)
 
 
 def test_the_slider_of_03_moves_the_picture(page, lab, screenshots):
@@ -197,7 +198,7 @@ def test_the_slider_without_a_kernel_moves_in_a_rendered_notebook(page, screensh
 
 
 def test_the_link_at_the_top_leads_to_the_next_notebook(page, lab):
-    for here, there in zip(NOTEBOOKS, NOTEBOOKS[1:], strict=False):
+    for here, there in (NOTEBOOKS[:2], NOTEBOOKS[-2:]):  # test_notebooks looks at all links
         open_notebook(page, lab, here)
         page.locator(f".jp-RenderedMarkdown a[href*='{there}']").first.click()
         page.wait_for_function(
