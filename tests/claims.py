@@ -53,6 +53,23 @@ def attention(name):
     return printed(NOTEBOOK_9, rf"\n?{name} +([\d.]+) +([\d.]+) +([\d.]+)\n")[-1]
 
 
+FAMILIES = ("same", "different")
+THEIRS = pd.read_csv(ROOT / "reference" / "repdistiller.csv", comment="#").pivot(
+    index=["family", "pair"], columns="method", values="accuracy")
+
+
+def behind(family, method=None):
+    """RepDistiller's students behind their teachers, in points; by default of all methods."""
+    theirs = THEIRS.loc[family]
+    found = theirs.drop(columns="teacher") if method is None else theirs[[method]]
+    return pd.Series(-found.sub(theirs.teacher, axis=0).to_numpy().ravel()).dropna()
+
+
+def taught(methods):
+    """What methods of RepDistiller's table add to a student without a teacher."""
+    return THEIRS.drop(columns="teacher").loc[:, methods].sub(THEIRS.scratch, axis=0)
+
+
 def printed_text(name):
     return "".join(map(text_of, outputs(ROOT / name)))
 
@@ -641,6 +658,27 @@ CLAIMS = {"README.md": {
     "the distilled student is nearer to the teacher than the scratch student":
         lambda: len(apart := printed(NOTEBOOK_9, r"mean difference ([\d.]+)")) == 2
         and apart[0] > apart[1],  # scratch, then distilled
+    "a student of a similar architecture stays 0 to 7 points behind its teacher": lambda: [
+        np.round([min(found), max(found)]).tolist() for found in map(behind, FAMILIES)]
+        == [[0, 8], [0, 21]],  # their own table, all methods: roughly the rule
+    "students of one family are 2.3 to 6.9 points behind, the others 5.1 to 14.7":
+        lambda: [[round(end(behind(family, "scratch")), 1) for end in (min, max)]
+                 for family in FAMILIES] == [[2.3, 6.9], [5.1, 14.7]],
+    "So the two ranges were there before a teacher said a word":
+        lambda: all(behind(family, "scratch").mean() > behind(family, "KD").mean()
+                    for family in FAMILIES),
+    "In RepDistiller's table the same two ranges show without any teacher":
+        lambda: behind("same", "scratch").max() < 7 and behind("different", "scratch").min() > 5,
+    "Soft labels gain in all thirteen pairs, and they add *more* between different architectures":
+        lambda: all(taught("KD") > 0) and len(taught("KD")) == 13
+        and [round(taught("KD")[family].mean(), 2) for family in FAMILIES] == [1.69, 3.25],
+    "Attention gains in all seven pairs of one family":
+        lambda: all(taught("AT")["same"] > 0) and len(taught("AT")["same"]) == 7,
+    "between families it loses in two of six, by up to 6.0 points":
+        lambda: (lost := taught("AT")["different"])[lost < 0].count() == 2 and len(lost) == 6
+        and round(lost.min(), 1) == -6.0,
+    "It compares vectors, and gains most in every pair":
+        lambda: all(taught("CRD") >= taught(slice(None)).max(axis=1)),
 }, NOTEBOOK_11: {
     "After four of seven epochs it says something, and after five a good deal":
         lambda: (r := [row[1] for row in printed(
@@ -863,7 +901,15 @@ NOT_MEASURED = {"README.md": {
     "with the same number of trials for all": "advice",
     "the same three tensors": "the output above",
     "| CIFAR-10 | digits | | --- | --- | --- | | the image of the series | a truck | an eight |":
-    "of other data", "further behind its teacher": "what comes",
+    "of other data",
+    "Does it matter if the architectures differ?": "a question",
+    "the students that had *no* teacher": "a question",
+    "They say how weak a student is": "an explanation",
+    "How far a student stays behind says little": "the claim after it",
+    "don't travel as well": "the claim after it",
+    "differ in more than the architecture": "says what is open",
+    "chose the best epoch on the test set": "facts about their code",
+    "no map has to correspond": "advice",
 }, NOTEBOOK_11: {
     "It needs three more packages": "a count", "so more cores finish more": "the cell below",
     "at the same path": "a rule", "At most one epoch is lost": "test_cluster",
