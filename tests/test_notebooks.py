@@ -1,6 +1,6 @@
 """The notebooks are kept clean, and say what the library does and the table holds."""
 
-from reference import runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import plots, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import ast
 import json
 import os
@@ -206,6 +206,20 @@ def test_results_in_the_readme_are_those_of_the_table(path):
     words = (f"{gain.mean():.2f} points (95 % interval {low:.2f} to {high:.2f}",
              f"{gain.mean():.2f} 个百分点（95 % 置信区间 {low:.2f} 到 {high:.2f}")
     assert any(sentence in text for sentence in words)
+
+
+@each_readme
+def test_the_figure_of_the_readme_shows_the_gains_of_the_table(path):
+    drawn = plots.gains(TABLE.query("dataset == 'cifar10' and seed < 100"))
+    picture = re.search(r"!\[([^\]]*)\]\([^)]*results.png\)", path.read_text())[1]
+    said = re.findall(r"\d\.\d\d", picture)
+    assert said == [f"{drawn[epochs].mean():.2f}" for epochs in (5, 20, 100)]
+    for epochs, label in ((5, "-5-epochs"), (20, ""), (100, "-100-epochs")):
+        rows = TABLE[(TABLE.dataset == "cifar10") & ~((TABLE.alpha != 0.1) & TABLE.alpha.notna())
+                     & ~((TABLE.temperature != 4) & TABLE.temperature.notna())]
+        taught, alone = (100 * rows[rows.method == f"{student}{label}"].set_index("seed")
+                         .test_accuracy for student in ("distilled", "scratch"))
+        np.testing.assert_allclose(drawn[epochs], (taught - alone).dropna())
 
 
 @each_readme
