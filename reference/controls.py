@@ -52,6 +52,17 @@ def evened(logits, labels, temperature: float):
     return temperature * np.log(even)
 
 
+def levelled(logits, labels, temperature: float):
+    """How sure the teacher is of the true class *in the mean*, and nothing about the others.
+
+    Every image gets that mean of the softened probability. The rest is spread evenly.
+    """
+    sure = _softened(logits, temperature)[np.arange(len(labels)), labels].mean()
+    classes = logits.shape[-1]
+    even = np.where(np.arange(classes) == labels[:, None], sure, (1 - sure) / (classes - 1))
+    return temperature * np.log(even)
+
+
 def shuffled(logits, labels, temperature: float):
     """The teacher's logits, those of the wrong classes permuted.
 
@@ -90,18 +101,18 @@ def top(logits, labels, temperature: float, *, k: int):
 
 TOP = (1, 2, 3, 5)
 CONTROLS = {function.__name__: function for function in (
-    smoothed, evened, shuffled, out_of_step)}
+    smoothed, evened, levelled, shuffled, out_of_step)}
 CONTROLS |= {f"top{k}": functools.partial(top, k=k) for k in TOP}
 
 
-def few_labels(dataset, percent: float, *, hide: bool):
+def few_labels(dataset, percent: float, *, hide: bool, seed: int = 0):
     """The dataset when only so many training labels are known, the same share of each class.
 
     hide=True: all images, unknown labels are -1. Else the labelled images alone, again and
-    again, so that an epoch has as many steps.
+    again, so that an epoch has as many steps. The seed draws the images whose label is known.
     """
     every = np.arange(len(dataset.y_train))
-    known, _ = train_test_split(every, train_size=percent / 100, random_state=0,
+    known, _ = train_test_split(every, train_size=percent / 100, random_state=seed,
                                 stratify=dataset.y_train)
     known.sort()
     if not hide:

@@ -74,7 +74,7 @@ class Maker:
             answers = [change(logits, data.y_train, each.temperature)
                        for logits in runs.teacher_answers(teacher, data, recipe)]
         if each.labels < 100:
-            data = few_labels(data, each.labels, hide=each.distilled)
+            data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
         if each.wrong:
             data = wrong_labels(data, each.wrong)
         return dict(method=each.method, dataset=data, teacher=teacher, answers=answers,

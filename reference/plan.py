@@ -27,13 +27,14 @@ class Experiment:
     method: str  # the name in results.csv
     seeds: tuple[int, ...] = (0,)
     dataset: str = "cifar10"
-    teacher: str | None = None  # the runs that teach; "{seed}" stands for the pair's own seed
+    teacher: str | None = None  # the runs that teach; "{seed}": the pair's own, "{next}": another
     signal: str | None = None  # how they answer as one: a name in SIGNALS
     control: str | None = None  # what becomes of the teacher's answers: a name in CONTROLS
     temperature: float = 4.0
     alpha: float = 0.1
     recipe: dict = field(default_factory=dict)  # where it differs from the published recipe
     labels: float = 100.0  # per cent of the training labels that are known
+    hide: bool = True  # a distilled student sees the images without a label, too
     wrong: float = 0.0  # per cent of the training labels that are wrong
     build: Callable | None = None
     loss: str | None = None  # one more loss: a name in features.METHODS
@@ -52,7 +53,7 @@ class Experiment:
             "temperature": self.temperature if self.distilled else None, "alpha": self.alpha})
 
     def teachers(self, seed: int) -> list[str]:
-        return (self.teacher or "").format(seed=seed).split()
+        return (self.teacher or "").format(seed=seed, next=(seed + 1) % 6).split()
 
     def taught_by(self, seed: int) -> str | None:
         """What the column teacher of results.csv says."""
@@ -218,7 +219,8 @@ def _evidence() -> list[Experiment]:
         Experiment("distilled-smoothed", PAIRS, teacher=own, control="smoothed"),
         Experiment("distilled-evened", PAIRS, teacher=own, control="evened"),
         Experiment("distilled-shuffled", PAIRS, teacher=own, control="shuffled"),
-        Experiment("distilled-twin", PAIRS, teacher="scratch-seed0"),
+        Experiment("distilled-levelled", PAIRS, teacher=own, control="levelled"),
+        Experiment("distilled-twin", PAIRS, teacher="scratch-seed{next}"),
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
@@ -226,19 +228,27 @@ def _evidence() -> list[Experiment]:
         Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0"),
         Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
         Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
-        Experiment("teacher-smoothing", PAIRS, recipe={"smoothing": 0.1}),
-        Experiment("distilled-smooth-teacher", PAIRS, teacher="teacher-smoothing-seed{seed}"),
+        Experiment("teacher-smoothing", TRIPLE, recipe={"smoothing": 0.1}),
+        Experiment("distilled-smooth-teacher", TRIPLE, teacher="teacher-smoothing-seed{seed}"),
     ]
-    for epochs in (10, 40):  # E
-        recipe = {"epochs": epochs}
-        table += [Experiment(f"scratch-{epochs}-epochs", (1, 2), recipe=recipe),
-                  Experiment(f"distilled-{epochs}-epochs-own", TRIPLE, teacher=own, recipe=recipe)]
-    for percent in (1, 5, 10, 25):  # F
+    for epochs in (10, 40, 100):  # E; the others of scratch, and seed 0, are published
+        name, recipe = f"{epochs}-epochs", {"epochs": epochs}
+        table.append(Experiment(f"distilled-{name}", (1, 2), teacher=own, recipe=recipe))
+        if epochs < 100:
+            table.append(Experiment(f"scratch-{name}", (1, 2), recipe=recipe))
+    fresh = {"epochs": 100, "views": 0}
+    table += [Experiment("scratch-100-epochs-fresh", TRIPLE, recipe=fresh),
+              Experiment("distilled-100-epochs-fresh", TRIPLE, teacher=own, recipe=fresh)]
+    table.append(Experiment("scratch-45-epochs-10-percent", TRIPLE, labels=10,  # F
+                            recipe={"epochs": 45}))
+    for percent in (1, 5, 10, 25):
         name, known = f"{percent}-percent", {"labels": percent}
         table += [
             Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
             Experiment(f"distilled-5-epochs-{name}-own", TRIPLE, recipe=FIVE, **known,
                        teacher=f"teacher-10-epochs-{name}-seed{{seed}}"),
+            Experiment(f"distilled-5-epochs-{name}-labelled", TRIPLE, recipe=FIVE, **known,
+                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}", hide=False),
             Experiment(f"scratch-5-epochs-{name}", TRIPLE if percent == 25 else (1, 2),
                        recipe=FIVE, **known),
             Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
@@ -248,7 +258,8 @@ def _evidence() -> list[Experiment]:
                   Experiment(f"scratch-{name}", TRIPLE, **wrong),
                   Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
                              **wrong)]
-    return table
+    return [*table, Experiment("scratch-40-wrong-smoothing", TRIPLE, wrong=40,
+                               recipe={"smoothing": 0.1})]
 
 
 def _many_machines() -> list[Experiment]:
@@ -313,13 +324,16 @@ def _methods() -> list[Experiment]:
                           recipe=FIVE)
         table += [each, replace(each, method=f"distilled-3-epochs-{name}", dataset="digits",
                                 seeds=(0,), factor=1.0, recipe={"epochs": 3})]
-    for loss, alpha in (variant for variant in variants if variant[0] in TAUGHT):
+    for loss, alpha in variants:
+        if loss not in TAUGHT or alpha == 1 and features.METHODS[loss].where != "logits":
+            continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
         each = Experiment(name, PAIRS, teacher="teacher-seed{seed}", loss=loss, alpha=alpha)
         table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
                       alpha=1.0, factor=10.0, place="misplaced", recipe=FIVE)
-    return [*table, harm]
+    placed = replace(harm, method="distilled-5-epochs-fitnet-placed", place=None)
+    return [*table, harm, placed]
 
 
 def residual_student(num_classes: int = 10) -> keras.Model:

@@ -255,6 +255,24 @@ def test_evened_answers_keep_how_sure_the_teacher_is():
     np.testing.assert_allclose(wrong, wrong[:, :1].repeat(9, axis=1), rtol=1e-9)
 
 
+def test_levelled_answers_are_as_sure_of_each_image():
+    logits, labels = some_answers()
+    soft = scipy.special.softmax(controls.levelled(logits, labels, 4.0) / 4, axis=-1)
+    teacher = scipy.special.softmax(logits.astype("float64") / 4, axis=-1)
+    mine = np.eye(10, dtype=bool)[labels]
+    np.testing.assert_allclose(soft[mine], teacher[mine].mean(), rtol=1e-6)
+    np.testing.assert_allclose(soft[~mine], (1 - teacher[mine].mean()) / 9, rtol=1e-6)
+
+
+def test_the_seed_draws_whose_label_is_known(data):
+    known = [np.flatnonzero(controls.few_labels(data, 50, hide=True, seed=seed).y_train >= 0)
+             for seed in (0, 0, 1)]
+    assert np.array_equal(*known[:2]) and not np.array_equal(*known[1:])
+    alone = controls.few_labels(data, 50, hide=False, seed=1)
+    np.testing.assert_array_equal(np.unique(alone.x_train, axis=0),
+                                  np.unique(data.x_train[known[2]], axis=0))
+
+
 def answers_of(teacher, data, change=lambda logits: logits):
     return [change(logits) for logits in runs.teacher_answers(teacher, data, RECIPE)]
 
