@@ -1,6 +1,6 @@
 """The notebooks are kept clean, and say what the library does and the table holds."""
 
-from reference import plots, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import evidence, plots, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import ast
 import json
 import os
@@ -115,7 +115,7 @@ def defined_in(path, *names):
     found = [node for node in ast.parse(code).body
              if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names]
     assert [node.name for node in found] == list(names)
-    space = {"keras": keras, "ops": keras.ops}
+    space = {"keras": keras, "ops": keras.ops, "np": np}
     exec(compile(ast.Module(found, []), path.name, "exec"), space)
     return space[names[-1]]
 
@@ -135,6 +135,12 @@ def test_distillation_loss_in_04_is_that_of_kdlib():
         arguments = dict(teacher_logits=teacher, student_logits=student, temperature=temperature)
         want = float(kdlib.distillation_loss(**arguments))
         assert float(inline(**arguments)) == pytest.approx(want, rel=1e-4)
+
+
+def test_holm_in_08_is_that_of_evidence():
+    inline = defined_in(ROOT / "notebooks" / "08_when_it_pays.ipynb", "holm")
+    for p in np.random.default_rng(0).random((20, 6)) ** 3:
+        np.testing.assert_allclose(inline(p), evidence.holm(p))
 
 
 def test_the_distiller_in_04_is_that_of_kdlib():
