@@ -140,12 +140,12 @@ def _maker() -> experiments.Maker:
 
 
 def work(job: Job, sign: Path, cores: int, news):
-    """What a worker does: train, or ask a teacher. Returns history and row of a training."""
+    """What a worker does: train, or ask a teacher. Returns history, row, folder of a training."""
     ready(sign, cores)
     maker, (each, seed) = _maker(), experiments.run_of(job.stem)
     if job.part is None:
         run = maker.make(each, seed, callbacks=[Told(news, job.name)])
-        return run.history, run.row
+        return run.history, run.row, run.folder
     runs.stored_answers(maker.teacher(each, seed), maker.data(each.dataset), job.part,
                         each.full_recipe())
 
@@ -187,14 +187,16 @@ def make(stems, *, workers: int, cores: int = 1, address: str | None = None, bar
 
         for job, result in _results(ray, list(jobs.values()), begin, workers):
             if isinstance(result, Exception):
-                failed[job.name] = str(getattr(result, "cause", None) or result)
-                if publish and job.name in stems:
-                    experiments.publish_divergence(*experiments.run_of(job.name))
+                cause = getattr(result, "cause", None)
+                failed[job.name] = str(cause or result)
+                if publish and job.name in stems and isinstance(cause, FloatingPointError):
+                    experiments.publish_divergence(cause, *experiments.run_of(job.name))
             elif job and job.name in stems:
                 rows[job.name] = result[1]
                 epochs[job.name] = result[1]["epochs"]
                 if publish:
-                    publish(runs.Run(None, *result), experiments.run_of(job.name)[0])
+                    publish(runs.Run(None, *result[:2], folder=result[2]),
+                            experiments.run_of(job.name)[0])
             while not news.empty():
                 epochs.update([news.get()])
             _show(bar, epochs, stems)
@@ -221,6 +223,8 @@ def _results(ray, waiting: list[Job], begin, workers: int):
                 done.add(job.name)
             except ray.exceptions.RayError as error:
                 result = error
+                if isinstance(getattr(error, "cause", None), FloatingPointError):
+                    done.add(job.name)  # of three trials one may diverge; see plan.chosen_factor
             yield job, result
         yield None, None
 

@@ -61,8 +61,11 @@ class Maker:
         """The model that teaches a run, made of several if its signal says so."""
         if each.teacher is None:
             return None
-        teachers = [self.make(*self.find(each.dataset, name), **more).model
-                    for name in each.teachers(seed)]
+        teachers = []
+        for name in each.teachers(seed):
+            found = self.find(each.dataset, name)
+            teachers.append(self.make(*found, **more).model)
+            _check_published(*found, teachers[-1])
         return SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
 
     def settings(self, each: Experiment, seed: int, **more) -> dict:
@@ -123,13 +126,24 @@ def _trainer(each: Experiment) -> dict | None:
     return fingerprints.identity_of(each.trainer()) if each.loss else None
 
 
-def _control(each: Experiment) -> str | None:
-    """The digest of what acts on data and answers before a run sees them."""
-    control = CONTROLS.get(each.control)
-    used = [getattr(control, "func", control), SIGNALS.get(each.signal), each.build,
+def _control(each: Experiment) -> str:
+    """The digest of what acts on model, data and answers before a run sees them."""
+    control, teaches = CONTROLS.get(each.control), each.method.startswith("teacher")
+    usual = kdlib.build_teacher if teaches else kdlib.build_student
+    used = [getattr(control, "func", control), SIGNALS.get(each.signal), each.build or usual,
             few_labels if each.labels < 100 else None, wrong_labels if each.wrong else None]
-    used = fingerprints.with_helpers(*filter(None, used))
-    return fingerprints.code_digest(*used) if used else None
+    settings = [each.control, each.signal, each.labels, each.hide, each.wrong,
+                getattr(control, "keywords", None)]
+    return fingerprints.digest(settings, fingerprints.code_digest(
+        *fingerprints.with_helpers(*filter(None, used))))
+
+
+def _check_published(each: Experiment, seed: int, model) -> None:
+    """A published student may only have learned from the teacher that its row names."""
+    path = runs.REFERENCE / "rows" / f"{each.stem(seed)}.json"
+    kdlib.require(not path.exists() or fingerprints.model_digest(model) == store.read_notes(
+        path).get("model"), f"the teacher {each.stem(seed)} at hand is not the published one. Make "
+        f"it first: python reference/experiments.py {each.method}")
 
 
 def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
@@ -153,42 +167,63 @@ def _digest_of_several(signal: str, names: tuple, digests: tuple) -> str:
 
 
 def missing(experiments) -> list[tuple[Experiment, int]]:
-    """Runs without published notes, teachers before their students."""
+    """Runs without published notes."""
     return [(each, seed) for each in experiments for seed in each.seeds
             if notes_of(each, seed) is None]
 
 
+def to_make(experiments) -> list[tuple[Experiment, int]]:
+    """What is missing of these, each after the teachers and trials that it needs."""
+    maker, found = Maker(), []
+
+    def add(each, seed):
+        if (each, seed) in found or notes_of(each, seed) is not None:
+            return
+        for name in each.teachers(seed):
+            add(*maker.find(each.dataset, name))
+        for trial in each.trials():
+            add(trial, 100)
+        found.append((each, seed))
+
+    for each, seed in missing(experiments):
+        add(each, seed)
+    return found
+
+
 def publish(run: runs.Run, each: Experiment) -> None:
     """Copy a finished run from the runs folder into ``reference``, and renew results.csv."""
-    name = each.stem(run.row["seed"])
-    (folder,) = [path.parent for path in runs.runs_folder().glob(f"{name}-*/model.json")
-                 if _but_agreement(store.read_notes(path)["row"]) == _but_agreement(run.row)]
-    notes = store.read_notes(folder / "model.json")
+    name, notes = each.stem(run.row["seed"]), store.read_notes(run.folder / "model.json")
     if each.choice:
         notes["row"] |= dict.fromkeys(("test_accuracy", "nll", "ece", "agreement"))
     with _publishing(name, notes, each):
         if each.weights:
-            content = (folder / "model.keras").read_bytes()
+            content = (run.folder / "model.keras").read_bytes()
             store.write_whole(runs.REFERENCE / "weights" / f"{name}.keras",
                               lambda aside: aside.write_bytes(content))
         if not each.choice:
-            _keep_answers(folder / "answers.npz", f"{each.dataset}-{each.method}")
+            _keep_answers(name, each, dict(np.load(run.folder / "answers.npz")))
 
 
-def publish_divergence(each: Experiment, seed: int) -> bool:
+def publish_divergence(error: FloatingPointError, each: Experiment, seed: int) -> bool:
     """A run that diverged is a row without figures: reported, not replaced."""
-    for path in runs.runs_folder().glob(f"{each.stem(seed)}-*/diverged.json"):
-        if _fits(notes := store.read_notes(path), each, seed):
-            with _publishing(each.stem(seed), notes, each):
-                return True
-    return False
+    name, folder = each.stem(seed), getattr(error, "folder", None)
+    if folder is None or folder.name.rpartition("-")[0] != name:  # perhaps its teacher diverged
+        return False
+    with _publishing(name, store.read_notes(folder / "diverged.json"), each):
+        (runs.REFERENCE / "weights" / f"{name}.keras").unlink(missing_ok=True)
+        _keep_answers(name, each, {})
+    return True
+
+
+def _alone():
+    """One process at a time writes into reference. It may be entered again."""
+    return filelock.FileLock(runs.REFERENCE / ".lock", is_singleton=True)
 
 
 @contextlib.contextmanager
 def _publishing(name: str, notes: dict, each: Experiment):
-    """Notes are written last, beside what they speak of; one process at a time."""
-    runs.runs_folder().mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(runs.runs_folder() / "publishing.lock"):
+    """Notes are written last, beside what they speak of."""
+    with _alone():
         target = runs.REFERENCE / "rows" / f"{name}.json"
         target.unlink(missing_ok=True)  # never new weights beside old notes
         yield
@@ -196,20 +231,18 @@ def _publishing(name: str, notes: dict, each: Experiment):
         write_table()
 
 
-def _but_agreement(row: dict) -> dict:
-    """It depends on who is asked, not on the training."""
-    return {key: value for key, value in row.items() if key != "agreement"}
-
-
-def _keep_answers(source: Path, experiment: str) -> None:
+def _keep_answers(name: str, each: Experiment, new: dict) -> None:
     """The answers to each validation and test image, one file an experiment.
 
     ``NAME/val``, ``NAME/test``: float16 logits; the answered class is their argmax.
     """
-    path = runs.REFERENCE / "answers" / f"{experiment}.npz"
+    path = runs.REFERENCE / "answers" / f"{each.dataset}-{each.method}.npz"
     kept = dict(np.load(path)) if path.exists() else {}
-    kept |= dict(np.load(source))
-    store.write_whole(path, lambda aside: _save(aside, kept))
+    kept = {key: value for key, value in kept.items() if not key.startswith(f"{name}/")} | new
+    if kept:
+        store.write_whole(path, lambda aside: _save(aside, kept))
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _save(path: Path, arrays: dict) -> None:
@@ -219,11 +252,12 @@ def _save(path: Path, arrays: dict) -> None:
 
 def write_table() -> None:
     """results.csv: one row for each of the published notes."""
-    rows = [store.read_notes(path)["row"] for path in (runs.REFERENCE / "rows").glob("*.json")]
-    table = pd.DataFrame(rows, columns=runs.RESULT_COLUMNS).sort_values(
-        ["dataset", "method", "temperature", "alpha", "seed"])
-    store.write_whole(runs.REFERENCE / "results.csv",
-                      lambda aside: table.to_csv(aside, index=False))
+    with _alone():
+        rows = [store.read_notes(path)["row"] for path in (runs.REFERENCE / "rows").glob("*.json")]
+        table = pd.DataFrame(rows, columns=runs.RESULT_COLUMNS).sort_values(
+            ["dataset", "method", "temperature", "alpha", "seed"])
+        store.write_whole(runs.REFERENCE / "results.csv",
+                          lambda aside: table.to_csv(aside, index=False))
 
 
 def students_by_epochs(dataset: str) -> pd.DataFrame:
@@ -246,16 +280,17 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
 
 
 def restamp() -> int:
-    """Write the digest of today's code into all published notes, if it gives their numbers.
+    """Write the digest of today's code into the published notes, if it gives their numbers.
 
     Published runs are found only under the code that made them. After a change that is not
     meant to change any number, this trains a scratch and a distilled student on digits and
     compares their losses, epoch by epoch, with the published ones: to the last bit on the
     kind of machine that made them, else to one per cent in the first epoch: on digits another
     processor's rounding has grown to ten per cent by the second. What neither of them uses (other
-    optimizers, trainers, controls) it takes your word for.
+    optimizers, trainers, controls) it takes your word for, and names. Notes of yet another code
+    than the two stay as they are.
     """
-    maker = Maker()
+    maker, proven = Maker(), set()
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(
             os.environ, KD_RUNS_DIR=folder, KD_RETRAIN="1"):
         data = maker.data("digits")
@@ -268,27 +303,36 @@ def restamp() -> int:
             alike = all(run.row[key] == notes["row"][key] for key in ("machine", "versions"))
             if new != old if alike else not np.allclose(old[:1], new[:1], rtol=0.01):
                 raise SystemExit("The code gives other numbers now: make the runs again.")
-    return _write_digests()
+            proven.add(notes["spec"]["code"])
+    with _alone():
+        return _write_digests(proven)
 
 
-def _write_digests() -> int:
-    """Today's digests of code, architectures and models, in the place of the older ones."""
-    paths = {path.stem: path for path in (runs.REFERENCE / "rows").glob("*.json")}
-    today = {}
+def _write_digests(proven: set[str]) -> int:
+    """Today's digests of code, architectures and models, where the code was one of these."""
+    paths = {path.stem: path for path in (runs.REFERENCE / "rows").glob("*.json")
+             if store.read_notes(path)["spec"]["code"] in proven}
+    today, words = {}, set()
     for weights in (runs.REFERENCE / "weights").glob("*.keras"):
+        if weights.stem not in paths:
+            continue
         notes, model = store.read_notes(paths[weights.stem]), keras.saving.load_model(weights)
         today[notes["spec"]["architecture"]] = fingerprints.architecture(model)
         today[notes["model"]] = fingerprints.model_digest(model)
     for path in paths.values():
         notes = store.read_notes(path)
         each, _ = run_of(path.stem)
+        before = notes["control"], notes["spec"].get("trainer")
         notes["spec"]["code"], notes["control"] = runs.CODE, _control(each)
         if each.loss:
-            notes["spec"]["trainer"]["code"] = _trainer(each)["code"]
+            notes["spec"]["trainer"] = {**before[1], "code": _trainer(each)["code"]}
+        if before != (notes["control"], notes["spec"].get("trainer")):
+            words.add(each.method)
         for holder, keys in ((notes["spec"], ("architecture", "teacher")),
                              (notes, ("model", "judge"))):
             holder |= {key: today.get(holder[key], holder[key]) for key in keys if key in holder}
         store.write_notes(path, notes)
+    print("By your word, as their control or trainer is another:", *sorted(words) or ["none"])
     return len(paths)
 
 
@@ -360,7 +404,7 @@ def main(arguments=None) -> None:
     from reference import cluster  # it needs this file
     cluster.limit_threads(options.cores if not options.workers else None)
     write_table()  # a kill may have come between the last notes and it
-    estimate, todo, maker = seconds_per_epoch(), missing(chosen), Maker()
+    estimate, todo, maker = seconds_per_epoch(), to_make(chosen), Maker()
     total = sum(estimate(each) * each.full_recipe().epochs for each, _ in todo)
     with tqdm(total=total, unit="s", unit_scale=True, smoothing=0.05) as bar:
         if options.workers is not None:
@@ -369,16 +413,19 @@ def main(arguments=None) -> None:
                          publish=publish)
             return
         made = []  # a teacher that is made anew makes its students missing, so look again
-        while todo := [pair for pair in missing(chosen) if pair not in made]:
+        while todo := [pair for pair in to_make(chosen) if pair not in made]:
             each, seed = todo[0]
             made.append(todo[0])
             progress = Progress(bar, each.stem(seed), estimate(each))
             try:
                 publish(maker.make(each, seed, callbacks=[progress]), each)
             except FloatingPointError as error:  # the others go on
-                publish_divergence(each, seed)
+                publish_divergence(error, each, seed)
                 bar.write(f"{each.stem(seed)}: {error}")
 
+
+for _each in EXPERIMENTS:  # read now: a file edited later is not what runs
+    _control(_each)
 
 if __name__ == "__main__":
     main()

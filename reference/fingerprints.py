@@ -80,7 +80,10 @@ def code_digest(*functions) -> str:
 
 
 def with_helpers(*code) -> list:
-    """These functions and classes, and the functions of their own modules that they call."""
+    """These functions and classes, and the functions of their own modules that they call.
+
+    Those come by name: the order in which they are met depends on the version of Python.
+    """
     found, queue = dict.fromkeys(code), [(part, part.__code__) for part in code
                                          if inspect.isfunction(part)]
     while queue:
@@ -91,7 +94,7 @@ def with_helpers(*code) -> list:
             if own and part not in found:
                 found[part] = None
                 queue.append((part, part.__code__))
-    return list(found)
+    return [*code, *sorted(list(found)[len(code):], key=lambda part: part.__qualname__)]
 
 
 @functools.cache  # of the code that was imported: a file edited later does not change it

@@ -8,6 +8,7 @@ from pathlib import Path
 import kdlib
 import numpy as np
 import scipy.special
+from kdlib import require
 
 from reference import store
 
@@ -83,3 +84,18 @@ def read_logits(path: Path, name: str) -> dict[str, np.ndarray] | None:
     """A run's logits as they were kept, as float32; None where there are none to be read."""
     with contextlib.suppress(*store.UNREADABLE), np.load(path) as kept:
         return {part: kept[f"{name}/{part}"].astype("float32") for part in ("val", "test")}
+
+
+def check_answers(answers, recipe, shape: tuple) -> list[np.ndarray]:
+    """One array of logits for each view, or a sentence."""
+    views = min(recipe.views or recipe.epochs, recipe.epochs)
+    shapes = [getattr(each, "shape", None) for each in answers]
+    require(len(shapes) >= views and all(each == shape for each in shapes), f"answers are "
+            f"{len(shapes)} of shapes {shapes[:3]}. Give a list of {views} arrays of logits of "
+            f"shape {shape}, one a view.")
+    answers = [np.asarray(each, "float32") for each in answers[:views]]
+    require(not any(np.isnan(each).any() or (each == np.inf).any() for each in answers),
+            "answers hold nan or infinity. Compute the logits again.")
+    require(answers[0].min() < 0 or np.abs(answers[0].sum(-1) - 1).max() > 1e-2,
+            "answers are probabilities (each row sums to 1). Give logits: np.log(answers) will do.")
+    return answers

@@ -302,6 +302,7 @@ def chosen_factor(each: Experiment) -> float:
                       f"it first: python reference/experiments.py {trial.method}")
         accuracy = store.read_notes(path)["row"]["val_accuracy"]
         found[trial.factor] = -1 if accuracy is None else accuracy  # None: it diverged
+    kdlib.require(max(found.values()) >= 0, f"all trials of {each.method} diverged.")
     return max(FACTORS, key=found.get)
 
 

@@ -67,6 +67,8 @@ class Keeper(keras.callbacks.Callback):
         if not math.isfinite(logs["loss"]):
             raise FloatingPointError  # as kdlib's guard does, where a Distiller is trained
 
+    on_test_batch_end = on_train_batch_end  # the last step may be the one that diverges
+
     def on_epoch_end(self, epoch, logs=None):
         for key, value in dict(logs, seconds=time.perf_counter() - self.started).items():
             self.history.setdefault(key, []).append(round(float(value), 5))

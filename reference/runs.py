@@ -44,13 +44,14 @@ CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training: the model, its history per epoch, its row of results.csv, and its
-    logits for "val" and "test" images, rounded as measures.halved says."""
+    """A finished training: the model, its history per epoch, its row of results.csv, its logits
+    for "val" and "test" images, rounded as measures.halved says, and the folder of its files."""
 
     model: keras.Model
     history: dict[str, list[float]]
     row: dict
     logits: dict[str, np.ndarray] | None = None
+    folder: Path | None = None
 
     @property
     def name(self) -> str:
@@ -78,8 +79,8 @@ def train_or_load(method: str, dataset, *, callbacks=None, **settings) -> Run:
         return run
     with store.named(task.folder):
         task.folder.mkdir(parents=True, exist_ok=True)
-    if (kept := task.folder / "diverged.json").exists():
-        raise FloatingPointError(store.read_notes(kept)["diverged"])
+    if (error := task.divergence()) is not None:
+        raise error
     try:
         with filelock.FileLock(task.folder / "lock").acquire(timeout=0):
             # Another process may have just finished it.
@@ -155,7 +156,7 @@ class Task:
         if self.teacher is not None:
             _check_fits("teacher", self.teacher, self.dataset)
         if self.answers is not None:
-            self.answers = _check_answers(self.answers, self.recipe, (len(labels), classes))
+            self.answers = measures.check_answers(self.answers, self.recipe, (len(labels), classes))
 
     def load(self, *, published: bool) -> Run | None:
         """The finished run of this task, from the runs folder or from reference."""
@@ -231,7 +232,7 @@ class Task:
         store.write_notes(self.folder / "model.json", notes)
         for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return Run(model, notes["history"], notes["row"], half)
+        return Run(model, notes["history"], notes["row"], half, self.folder)
 
     def _notes(self, keeper, figures: dict) -> dict:
         """What is kept of a training: what it was, its row of results.csv, its history."""
@@ -250,10 +251,24 @@ class Task:
     def _diverged(self, keeper) -> FloatingPointError:
         """The error to raise. It is kept: the same training would diverge again."""
         sentence = (f"the loss of {self.folder.name} is not finite in epoch {keeper.epoch + 1}: "
-                    "it diverged. Choose a smaller learning rate, or look for nan in its data.")
+                    "it diverged. Choose a smaller learning rate, or look for nan in its data. To "
+                    "try the same again, delete its folder.")
         store.write_notes(self.folder / "diverged.json",
                           self._notes(keeper, {}) | {"diverged": sentence})
-        return FloatingPointError(sentence)
+        return self.divergence()
+
+    def divergence(self) -> FloatingPointError | None:
+        """The error of this training if it diverged before, with these libraries."""
+        path = self.folder / "diverged.json"
+        try:
+            notes = store.read_notes(path) if path.exists() else None
+        except store.UNREADABLE as error:
+            notes = warnings.warn(f"{path} is damaged ({error}): trained again.", stacklevel=3)
+        if notes is None or notes["row"]["versions"] != fingerprints.libraries():
+            return None
+        error = FloatingPointError(notes["diverged"])
+        error.folder = self.folder  # where its notes are; see experiments.publish_divergence
+        return error
 
 
 def stem(row: dict) -> str:
@@ -310,7 +325,7 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
     judge = None if task.teacher is None else fingerprints.model_digest(task.teacher)
     if judge != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
-    return Run(model, found["history"], row, logits)
+    return Run(model, found["history"], row, logits, notes.parent)
 
 
 def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]:
@@ -361,21 +376,6 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
                       "asked again.", stacklevel=2)
     store.write_array(path, ask(slice(None)))
     return store.read_array(path)
-
-
-def _check_answers(answers, recipe: Recipe, shape: tuple) -> list[np.ndarray]:
-    """One array of logits for each view, or a sentence."""
-    views = min(recipe.views or recipe.epochs, recipe.epochs)
-    shapes = [getattr(each, "shape", None) for each in answers]
-    require(len(shapes) >= views and all(each == shape for each in shapes), f"answers are "
-            f"{len(shapes)} of shapes {shapes[:3]}. Give a list of {views} arrays of logits of "
-            f"shape {shape}, one a view.")
-    answers = [np.asarray(each, "float32") for each in answers[:views]]
-    require(not any(np.isnan(each).any() or (each == np.inf).any() for each in answers),
-            "answers hold nan or infinity. Compute the logits again.")
-    require(answers[0].min() < 0 or np.abs(answers[0].sum(-1) - 1).max() > 1e-2,
-            "answers are probabilities (each row sums to 1). Give logits: np.log(answers) will do.")
-    return answers
 
 
 # --- measurements ---------------------------------------------------------------------

@@ -104,6 +104,8 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
             callbacks=[Judged(trial)])
     except optuna.TrialPruned:
         study.tell(number, state=optuna.trial.TrialState.PRUNED)
+    except FloatingPointError:  # it diverged, and would again
+        study.tell(number, state=optuna.trial.TrialState.FAIL)
     else:
         known = study.trials[number].intermediate_values
         for epoch, value in enumerate(run.history["val_accuracy"]):

@@ -94,7 +94,6 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(make, capsys):
         assert rows.epochs["scratch-wild"] == 3 and rows.parameters["scratch-wild"] > 0
     notes = store.read_notes(runs.REFERENCE / "rows" / "digits-scratch-wild-seed0.json")
     assert "it diverged" in notes["diverged"]
-    assert experiments.publish_divergence(table[1], 0) is False
     again = plan.Experiment("scratch-wild", **SHORT)  # the same name with a tamer recipe
     assert make(again, table[1]).val_accuracy.notna().all()
 
@@ -103,7 +102,13 @@ def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
     """And by what they call: another rule for softening is another control."""
     each, seed = experiments.run_of("digits-distilled-7-epochs-shuffled-seed0")
     assert experiments.notes_of(each, seed)
-    assert not experiments.notes_of(replace(each, control="evened"), seed)
+    for change in ({"control": "evened"}, {"control": None}, {"signal": "mirrored"},
+                   {"labels": 50}, {"wrong": 20}, {"hide": False},
+                   {"build": plan.residual_student}):
+        assert not experiments.notes_of(replace(each, **change), seed), change
+    each, seed = experiments.run_of("digits-distilled-7-epochs-top2-seed0")
+    assert not experiments.notes_of(replace(each, control="top3"), seed)
+    assert kdlib._vgg in fingerprints.with_helpers(kdlib.build_student)
     assert controls._softened in fingerprints.with_helpers(controls.evened)
     assert plan._unit in fingerprints.with_helpers(plan.residual_student)
     each, seed = experiments.run_of("digits-distilled-3-epochs-at-kd-seed0")
@@ -112,14 +117,53 @@ def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
         assert not experiments.notes_of(replace(each, **change), seed), change
 
 
-def test_a_trial_that_diverged_is_not_chosen(monkeypatch, tmp_path):
+@pytest.mark.parametrize("accuracies, chosen", [
+    ((None, 0.5, 0.4), 0.1), ((0.5, 0.5, 0.4), 1.0), ((None, None, None), None)])
+def test_a_trial_that_diverged_is_not_chosen(accuracies, chosen, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "REFERENCE", tmp_path)
     each = plan.Experiment("distilled-at", teacher="teacher-seed0", loss="at")
-    accuracies = dict(zip((1.0, 0.1, 10.0), (None, 0.5, 0.4), strict=True))
-    for trial in each.trials():
+    for trial, accuracy in zip(each.trials(), accuracies, strict=True):
         store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json",
-                          {"row": {"val_accuracy": accuracies[trial.factor]}})
-    assert plan.chosen_factor(each) == 0.1
+                          {"row": {"val_accuracy": accuracy}})
+    if chosen:
+        assert plan.chosen_factor(each) == chosen
+    else:
+        with pytest.raises(ValueError, match="all trials of distilled-at diverged"):
+            plan.chosen_factor(each)
+
+
+def test_a_run_comes_after_its_teacher_and_its_trials(monkeypatch):
+    monkeypatch.setattr(experiments, "notes_of", lambda each, seed: None)
+    each, _ = experiments.run_of("cifar10-distilled-5-epochs-at-kd-seed0")
+    order = [one.stem(seed) for one, seed in experiments.to_make([each])]
+    assert order[:4] == ["cifar10-teacher-seed0", *(
+        f"cifar10-distilled-5-epochs-at-kd-x{x}-seed100" for x in ("1", "0.1", "10"))]
+    assert order[4:] == [each.stem(seed) for seed in each.seeds]
+
+
+@pytest.mark.slow
+def test_a_teacher_that_is_not_the_published_one_teaches_nobody(make, monkeypatch):
+    table = (plan.Experiment("teacher", **SHORT | {"build": large}),  # a row, no weights
+             plan.Experiment("distilled", teacher="teacher-seed0", **SHORT))
+    make(table[0])
+    path = runs.REFERENCE / "rows" / "digits-teacher-seed0.json"
+    store.write_notes(path, store.read_notes(path) | {"model": "of another machine"})
+    monkeypatch.setattr(experiments, "EXPERIMENTS", table)
+    with pytest.raises(ValueError, match="teacher digits-teacher-seed0 at hand is not the pub"):
+        experiments.Maker().teacher(table[1], 0)
+
+
+def test_only_notes_of_proven_code_get_todays_digest(monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    codes = {"digits-scratch-seed0": "proven", "digits-scratch-seed1": "older"}
+    for stem, code in codes.items():
+        store.write_notes(tmp_path / "rows" / f"{stem}.json", {
+            "spec": {"code": code, "architecture": "a", "teacher": None}, "control": "c",
+            "judge": None, "model": "m"})
+    assert experiments._write_digests({"proven"}) == 1
+    after = {stem: store.read_notes(tmp_path / "rows" / f"{stem}.json")["spec"]["code"]
+             for stem in codes}
+    assert after == {"digits-scratch-seed0": runs.CODE, "digits-scratch-seed1": "older"}
 
 
 def test_one_process_publishes_at_a_time(monkeypatch, tmp_path):
@@ -128,7 +172,7 @@ def test_one_process_publishes_at_a_time(monkeypatch, tmp_path):
     row = dict.fromkeys(runs.RESULT_COLUMNS, 0)
     with experiments._publishing("one", {"row": row}, plan.Experiment("one")):
         with pytest.raises(filelock.Timeout):
-            filelock.FileLock(tmp_path / "publishing.lock").acquire(timeout=0)
+            filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
     assert list(pd.read_csv(tmp_path / "results.csv").seed) == [0]
 
 

@@ -873,6 +873,31 @@ def test_divergence_is_named_and_remembered(method, data, folder):
     assert sentences[0] == sentences[1] and "in epoch 1" in sentences[0]
 
 
+def test_the_last_step_may_be_the_one_that_diverges(data):
+    one_step = replace(RECIPE, epochs=1, batch_size=60, optimizer="sgd", learning_rate=1e30,
+                       warmup=0.0)
+    with pytest.raises(FloatingPointError, match="digits-scratch.*it diverged"):
+        train(data, recipe=one_step)
+
+
+def test_a_kept_divergence_that_is_damaged_or_of_other_libraries_is_tried_again(data, folder):
+    wild = replace(RECIPE, optimizer="sgd", learning_rate=1e30, warmup=0.0)
+
+    def diverge():
+        with pytest.raises(FloatingPointError) as error:
+            train(data, recipe=wild)
+        return error.value.folder / "diverged.json"
+
+    path = diverge()
+    damage(path)
+    with pytest.warns(UserWarning, match="diverged.json is damaged"):
+        assert diverge() == path
+    notes = store.read_notes(path)
+    store.write_notes(path, notes | {"row": notes["row"] | {"versions": "older"}})
+    diverge()
+    assert store.read_notes(path)["row"]["versions"] == fingerprints.libraries()
+
+
 @pytest.mark.slow
 def test_averaged_weights_survive_a_cut(data, monkeypatch, tmp_path):
     averaged = replace(RECIPE, average=0.9)
