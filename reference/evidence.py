@@ -6,34 +6,50 @@ import scipy.stats
 from kdlib import require
 
 
-def compare(points: pd.DataFrame, baseline: str) -> pd.DataFrame:
-    """What each arm gains over the baseline, with one error for all arms and seeds as blocks.
+def compare(points: pd.DataFrame, pairs, *, diverged=()) -> pd.DataFrame:
+    """What one arm gains over another, with one error for all arms and seeds as blocks.
 
     A few pairs say little about the spread of their gains. All arms of a part together say more:
-    what is left of each accuracy without the mean of its arm and that of its seed (two-way layout
-    without replication; Fisher 1935, chapter 4).
+    what is left of the accuracies when arms and seeds are fitted by least squares (two-way layout
+    without replication; Fisher 1935, chapter 4). That takes for granted that all arms spread
+    alike: look at the column spread.
 
-    points: accuracies, a row for each seed, a column for each arm. Returns a row for each other
-    arm, all in points but the last two: gain, low and high (95 % t interval), p for a true gain
-    of zero, and holm, p corrected for all arms. An arm with a run that diverged (nan) takes no
-    part and has nan throughout. Raises ValueError if there is nothing to compare with.
+    Args:
+        points: accuracies in points, a row for each seed, a column for each arm; nan where an arm
+            has no run with this seed.
+        pairs: (arm, other) of one family, as announced.
+        diverged: arms with a run that diverged. They take no part and have nan, but they count
+            in the family.
+
+    Returns a row for each pair: gain of arm over other, low and high (95 % t interval), p for a
+    true gain of zero, holm (p corrected for the family), and spread, the standard deviation of
+    this pair's own gains. Raises ValueError if the arms leave no error to judge by.
     """
-    require(baseline in points and points[baseline].notna().all(),
-            f"baseline is {baseline!r}. Choose one of {', '.join(map(str, points))} that has all "
-            "its runs.")
-    whole = points.dropna(axis=1)
-    seeds, arms = whole.shape
-    require(seeds > 1 and arms > 1, f"points has {seeds} seeds and {arms} arms without a gap. "
-            "Give at least two of each.")
-    left = whole.sub(whole.mean(axis=1), axis=0) - whole.mean() + whole.to_numpy().mean()
-    freedom = (seeds - 1) * (arms - 1)
-    error = np.sqrt(2 / seeds * (left.to_numpy() ** 2).sum() / freedom)
-    gain = whole.drop(columns=baseline).mean() - whole[baseline].mean()
-    p = pd.Series(2 * scipy.stats.t.sf(np.abs(gain) / error, freedom), gain.index)
-    half = scipy.stats.t.ppf(0.975, freedom) * error
-    found = pd.DataFrame({"gain": gain, "low": gain - half, "high": gain + half, "p": p,
-                          "holm": holm(p)})
-    return found.reindex(points.columns.drop(baseline))
+    names = {name for pair in pairs for name in pair}
+    require(names <= {*points, *diverged}, f"pairs name {sorted(names - {*points, *diverged})}. "
+            f"points has {', '.join(map(str, points))}.")
+    long = points.drop(columns=list(diverged), errors="ignore").stack().dropna()
+    seeds, arms = (pd.get_dummies(long.index.get_level_values(k), dtype=float) for k in (0, 1))
+    design = np.column_stack([arms, seeds.to_numpy()[:, 1:]])
+    fit, _, rank, _ = np.linalg.lstsq(design, long.to_numpy(), rcond=None)
+    squares, freedom = ((long - design @ fit) ** 2).sum(), len(long) - rank
+    require(freedom > 0 and squares > 1e-9, f"points leave no error to judge by ({len(long)} runs, "
+            f"sum of squares {squares:.1g}). Give at least two arms and two seeds that differ.")
+    covariance = np.linalg.pinv(design.T @ design) * squares / freedom
+    rows = []
+    for arm, other in pairs:
+        if arm in diverged or other in diverged:
+            rows.append(dict.fromkeys(("gain", "low", "high", "p", "spread"), np.nan))
+            continue
+        contrast = np.zeros(len(fit))
+        contrast[[arms.columns.get_loc(arm), arms.columns.get_loc(other)]] = 1, -1
+        gain, error = contrast @ fit, np.sqrt(contrast @ covariance @ contrast)
+        half = scipy.stats.t.ppf(0.975, freedom) * error
+        rows.append({"gain": gain, "low": gain - half, "high": gain + half,
+                     "p": 2 * scipy.stats.t.sf(abs(gain) / error, freedom),
+                     "spread": (points[arm] - points[other]).std()})
+    found = pd.DataFrame(rows, pd.MultiIndex.from_tuples(pairs, names=["arm", "over"]))
+    return found.assign(holm=pd.Series(holm(found.p.fillna(1)), found.index).where(found.p.notna()))
 
 
 def holm(p) -> np.ndarray:

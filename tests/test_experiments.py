@@ -213,6 +213,28 @@ def test_the_list_of_experiments(capsys):
 published_data = functools.cache(kdlib.load_dataset)
 
 
+@pytest.mark.slow
+def test_published_runs_are_of_todays_data():
+    """Splits, and the draws of few and of wrong labels."""
+    wanted = {}
+    for path in sorted((runs.REFERENCE / "rows").glob("*.json")):
+        each, seed = experiments.run_of(path.stem)
+        if each.dataset == "cifar10" and not CIFAR10.exists():
+            continue
+        kind = each.dataset, each.labels, each.distilled and each.hide, each.wrong, seed
+        if each.labels == 100 and not each.wrong:
+            kind = each.dataset
+        if kind not in wanted:
+            data = published_data(each.dataset)
+            if each.labels < 100:
+                data = controls.few_labels(data, each.labels, hide=kind[2], seed=seed)
+            if each.wrong:
+                data = controls.wrong_labels(data, each.wrong)
+            wanted[kind] = fingerprints.data_digest(data)
+        assert store.read_notes(path)["spec"]["data"] == wanted[kind], path.stem
+    assert wanted
+
+
 @pytest.mark.parametrize("path", sorted((runs.REFERENCE / "answers").glob("*.npz")),
                          ids=lambda path: path.stem)
 def test_published_answers_give_the_published_figures(path):

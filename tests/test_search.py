@@ -94,6 +94,21 @@ def test_a_run_that_was_only_loaded_counts_in_the_median(monkeypatch):
     assert len(fake.trained) == 2
 
 
+def test_a_trial_that_diverges_does_not_stop_the_search(monkeypatch):
+    fake, calls = Fake(monkeypatch), []
+
+    def wild(*given, **more):
+        calls.append(1)
+        if len(calls) == 2:
+            raise FloatingPointError("it diverged")
+        return fake(*given, **more)
+
+    monkeypatch.setattr(search.runs, "train_or_load", wild)
+    study = search.run(search.Search(), trials=4)
+    assert [trial.state.name for trial in study.trials].count("FAIL") == 1
+    assert len(study.trials) == 4 and all(trial.state.is_finished() for trial in study.trials)
+
+
 def test_a_database_is_a_url(monkeypatch, tmp_path):
     Fake(monkeypatch)
     study = search.run(search.Search(storage=f"sqlite:///{tmp_path}/study.db"), trials=2)
