@@ -1,7 +1,7 @@
 """experiments and plan: how rows are made and published, and what is published now."""
 
 from reference import controls, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
-from reference import plan, runs, store  # isort: skip
+from reference import plan, restamp, runs, store  # isort: skip
 import functools
 from dataclasses import replace
 
@@ -160,7 +160,7 @@ def test_only_notes_of_proven_code_get_todays_digest(monkeypatch, tmp_path):
         store.write_notes(tmp_path / "rows" / f"{stem}.json", {
             "spec": {"code": code, "architecture": "a", "teacher": None}, "control": "c",
             "judge": None, "model": "m"})
-    assert experiments._write_digests({"proven"}) == 1
+    assert restamp._write_digests({"proven"}) == 1
     after = {stem: store.read_notes(tmp_path / "rows" / f"{stem}.json")["spec"]["code"]
              for stem in codes}
     assert after == {"digits-scratch-seed0": runs.CODE, "digits-scratch-seed1": "older"}
