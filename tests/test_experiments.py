@@ -253,6 +253,14 @@ def test_published_answers_give_the_published_figures(path):
 
 
 @pytest.mark.slow
+def test_published_weights_are_those_of_their_notes():
+    for stem in PUBLISHED:
+        notes = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")
+        model = keras.saving.load_model(runs.REFERENCE / "weights" / f"{stem}.keras")
+        assert fingerprints.digest(*model.get_weights()) == notes["weights"], stem
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if stem.startswith("digits")]
                          + ["cifar10-distilled-100-epochs-seed0"])
 def test_published_weights_give_the_published_figures(stem):

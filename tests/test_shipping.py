@@ -542,7 +542,7 @@ CLAIMS = {
         lambda: compared("latency_ms") < 1.1 and compared("kib") == pytest.approx(1.7, abs=0.05)
         and shipped("teacher", "litert-int8").accuracy
         - shipped("distilled", "litert-float32").accuracy == pytest.approx(0.03, abs=0.002),
-    "in int8 it is three times as fast again, and a sixth of the size":
+    "in int8 it is three times as fast as the int8 teacher, and a sixth of its size":
         lambda: shipped("teacher", "litert-int8").latency_ms / shipped(
             "distilled", "litert-int8").latency_ms == pytest.approx(3.4, abs=0.3)
         and shipped("teacher", "litert-int8").kib / shipped(
@@ -572,8 +572,8 @@ CLAIMS = {
     "Keras and a SavedModel bring TensorFlow along, and that is most of it":
         lambda: SHIPPING[SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.min()
         > 5 * SHIPPING[~SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.max(),
-    "int8-weights gives another answer to 4 of the 1,000 images, and int8 to 17, while accuracy "
-    "falls by 3 and 2 images":
+    "int8-weights gives another answer to 4 of the 1,000 images, and int8 to 17, while the "
+    "number of right answers falls by 3 and by 2":
         lambda: [(round(10 * (90 - float(right))), round(10 * (100 - float(alike))))
                  for right, alike in printed(r"int8(?:-weights)? +([\d.]+)% +([\d.]+)% ")]
         == [(3, 4), (2, 17)],
@@ -581,7 +581,7 @@ CLAIMS = {
         lambda: shipped("distilled", "litert-int8").agreement == pytest.approx(1 - 0.0133, abs=1e-6)
         and shipped("distilled", "litert-int8").accuracy
         == shipped("distilled", "litert-float32").accuracy,
-    "a logit above the largest that the file can say is cut off":
+    "the file can't store a logit that large, so it cuts it off":
         lambda: (ends := printed(r"in Keras ([\d.]+), largest that int8 can say ([\d.]+)")[0])
         and float(ends[0]) > float(ends[1]),
     "int8-weights moves the shares by a hundredth or two":
