@@ -45,11 +45,8 @@ def evened(logits, labels, temperature: float):
 
     The true class keeps its softened probability; the rest is spread evenly.
     """
-    classes = logits.shape[-1]
-    soft = _softened(logits, temperature)
-    sure = np.clip(soft[np.arange(len(labels)), labels], 1e-12, 1 - 1e-12)[:, None]
-    even = np.where(np.arange(classes) == labels[:, None], sure, (1 - sure) / (classes - 1))
-    return temperature * np.log(even)
+    sure = _softened(logits, temperature)[np.arange(len(labels)), labels]
+    return _spread(np.clip(sure, 1e-12, 1 - 1e-12)[:, None], logits, labels, temperature)
 
 
 def levelled(logits, labels, temperature: float):
@@ -58,6 +55,11 @@ def levelled(logits, labels, temperature: float):
     Every image gets that mean of the softened probability. The rest is spread evenly.
     """
     sure = _softened(logits, temperature)[np.arange(len(labels)), labels].mean()
+    return _spread(sure, logits, labels, temperature)
+
+
+def _spread(sure, logits, labels, temperature: float):
+    """So sure of the true class, and the rest evenly over the others, as logits."""
     classes = logits.shape[-1]
     even = np.where(np.arange(classes) == labels[:, None], sure, (1 - sure) / (classes - 1))
     return temperature * np.log(even)

@@ -6,6 +6,16 @@ import scipy.stats
 from kdlib import require
 
 
+def usual_students(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of results.csv with T = 4 and alpha = 0.1, whatever the length of the training.
+
+    A column more: student ("scratch", "distilled").
+    """
+    usual = table[table.method.str.fullmatch(r"(scratch|distilled)(-\d+-epochs)?")
+                  & table.temperature.isin([np.nan, 4]) & table.alpha.isin([np.nan, 0.1])]
+    return usual.assign(student=usual.method.str.split("-").str[0])
+
+
 def compare(points: pd.DataFrame, pairs, *, diverged=()) -> pd.DataFrame:
     """What one arm gains over another, with one error for all arms and seeds as blocks.
 

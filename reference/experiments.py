@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -268,12 +268,9 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
     notes = [store.read_notes(path) for path in (runs.REFERENCE / "rows").glob("*.json")]
     table = pd.DataFrame([note["row"] | {"training": note["history"]["accuracy"][-1]}
                           for note in notes if "diverged" not in note])
-    table = table[(table.dataset == dataset) & (table.seed < 100)
-                  & table.method.str.fullmatch(r"(scratch|distilled)(-\d+-epochs)?")
-                  & table.temperature.isin([np.nan, 4]) & table.alpha.isin([np.nan, 0.1])]
-    table = table.assign(
-        student=table.method.str.split("-").str[0], test=100 * table.test_accuracy,
-        val=100 * table.val_accuracy, gap=100 * (table.training - table.val_accuracy))
+    table = evidence.usual_students(table[(table.dataset == dataset) & (table.seed < 100)])
+    table = table.assign(test=100 * table.test_accuracy, val=100 * table.val_accuracy,
+                         gap=100 * (table.training - table.val_accuracy))
     columns = ["student", "epochs", "seed", "test", "val", "gap"]
     return table.sort_values("method")[columns].drop_duplicates(columns[:3])
 

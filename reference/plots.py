@@ -11,7 +11,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import reference  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import evidence  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -19,7 +19,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import HTML
 
-REFERENCE = Path(reference.__file__).parent
+REFERENCE = Path(__file__).resolve().parent
 
 # One colour a role, everywhere (Okabe and Ito's, safe for colour-blind readers), and a
 # second cue for readers of a grey print.
@@ -148,9 +148,7 @@ LABELS = {"teacher": "teacher", "distilled": "student, distilled",
 
 def gains(table):
     """Distilled minus scratch, test, in points: by epochs and seed. Usual students, pairs only."""
-    usual = table[table.method.str.fullmatch(r"(scratch|distilled)(-\d+-epochs)?")
-                  & table.temperature.isin([np.nan, 4]) & table.alpha.isin([np.nan, 0.1])]
-    pairs = usual.assign(student=usual.method.str.split("-").str[0]).pivot(
+    pairs = evidence.usual_students(table).pivot(
         index=["epochs", "seed"], columns="student", values="test_accuracy")
     return 100 * (pairs.distilled - pairs.scratch).dropna()
 

@@ -259,11 +259,7 @@ class Task:
 
     def divergence(self) -> FloatingPointError | None:
         """The error of this training if it diverged before, with these libraries."""
-        path = self.folder / "diverged.json"
-        try:
-            notes = store.read_notes(path) if path.exists() else None
-        except store.UNREADABLE as error:
-            notes = warnings.warn(f"{path} is damaged ({error}): trained again.", stacklevel=3)
+        notes = store.kept_notes(self.folder / "diverged.json")
         if notes is None or notes["row"]["versions"] != fingerprints.libraries():
             return None
         error = FloatingPointError(notes["diverged"])

@@ -72,6 +72,14 @@ def write_notes(path: Path, notes: dict) -> None:
     write_whole(path, lambda aside: aside.write_text(sealed))
 
 
+def kept_notes(path: Path) -> dict | None:
+    """Notes that may not be there; None with a warning where they are damaged."""
+    try:
+        return read_notes(path) if path.exists() else None
+    except UNREADABLE as error:
+        warnings.warn(f"{path} is damaged ({error}): it is made again.", stacklevel=3)
+
+
 def read_notes(path: Path) -> dict:
     """Notes as they were written. Raises ValueError if somebody changed them."""
     notes = json.loads(path.read_text())

@@ -302,9 +302,9 @@ def train(method, *, callbacks=None, weight=0.1, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["crd"])  # it has all that can be lost
+@pytest.mark.parametrize("method", ["crd", "fitnet"])
 def test_a_killed_run_ends_with_the_same_weights(method, tmp_path, monkeypatch):
-    """Memories, embeddings and the draw of the negatives go on where they were."""
+    """Memories, regressors and the draw of the negatives go on where they were."""
     ended = []
     for folder, killed in (("whole", False), ("cut", True)):
         monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / folder))
