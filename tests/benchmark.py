@@ -3,7 +3,8 @@
     python -m venv elsewhere && elsewhere/bin/pip install torch==2.13.0 numpy
     KD_TORCH_PYTHON=elsewhere/bin/python KD_DATA_DIR=... python tests/benchmark.py --twice
 
-Prints a table and writes reference/benchmark.csv. With names of parts: only those.
+Prints a table and writes reference/benchmark.csv. With names of parts: only those. Notebooks 08
+and 10 read its rates: run them again afterwards.
 - PyTorch runs in a process of its own: both libraries in one can crash. Its networks are ours,
   and so is its work: views made by kdlib.augment, loss, step, accuracy. Images lie channels last
   in memory, and, in the rows "usual", channels first. (The tutorial's networks do what the
