@@ -1,9 +1,12 @@
 """Many trainings at once: rows of a cluster equal those of one process, whatever dies."""
 
-from reference import cluster, experiments, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import cluster, experiments, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import contextlib
+import functools
 import importlib.util
 import os
+import pickle
+import queue
 import shutil
 import signal
 import subprocess
@@ -14,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from test_experiments import SHORT, WILD, make  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]
 METHODS = "scratch-3-epochs", "distilled-3-epochs"
@@ -124,6 +128,51 @@ def test_after_an_interrupt_it_goes_on(tmp_path):
     finish(process)
     notes = store.read_notes(folder / "reference" / "rows" / f"{STEMS[0]}.json")
     assert len(notes["history"]["loss"]) == 3
+
+
+class RayHere:
+    """Ray in this process. What comes back was pickled, an error as the cause of Ray's own."""
+
+    exceptions = types.SimpleNamespace(RayError=type("RayError", (Exception,), {}))
+
+    def remote(self, **options):
+        return lambda work: types.SimpleNamespace(options=lambda name: types.SimpleNamespace(
+            remote=functools.partial(self.begin, work)))
+
+    def begin(self, work, *arguments):
+        try:
+            result = work(*arguments)
+        except Exception as error:
+            result = error
+        return functools.partial(pickle.loads, pickle.dumps(result))
+
+    def wait(self, running, timeout):
+        return running, []
+
+    def get(self, begun):
+        if isinstance(result := begun(), Exception):
+            error = self.exceptions.RayError()
+            error.cause = result
+            raise error
+        return result
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_on_a_worker_is_a_row_and_the_others_go_on(make, monkeypatch):  # noqa: F811
+    queues = types.SimpleNamespace(Queue=lambda actor_options: queue.SimpleQueue())
+    monkeypatch.setitem(sys.modules, "ray.util.queue", queues)
+    monkeypatch.setattr(cluster, "connected", lambda **settings: contextlib.nullcontext(RayHere()))
+    monkeypatch.setattr(cluster, "limit_threads", lambda cores: None)
+    monkeypatch.setattr(cluster, "_maker", experiments.Maker)
+    make()  # nothing: the empty folders
+    table = (plan.Experiment("scratch-wild", **SHORT | {"recipe": WILD}),
+             plan.Experiment("scratch", **SHORT))
+    monkeypatch.setattr(experiments, "EXPERIMENTS", table)
+    with pytest.raises(RuntimeError, match="1 of 2 runs were not made, .*scratch-wild.*diverged"):
+        cluster.make([each.stem(0) for each in table], workers=2, publish=experiments.publish)
+    assert experiments.missing(table) == []
+    notes = store.read_notes(runs.REFERENCE / "rows" / "digits-scratch-wild-seed0.json")
+    assert "diverged" in notes and notes["row"]["val_accuracy"] is None
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch):

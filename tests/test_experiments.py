@@ -98,6 +98,34 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(make, capsys):
     assert make(again, table[1]).val_accuracy.notna().all()
 
 
+@pytest.mark.slow
+def test_an_interrupt_while_publishing_leaves_nothing_half(make, monkeypatch):
+    """At each of its writes: afterwards the run is missing, and made whole when asked again."""
+    each, write = plan.Experiment("scratch", weights=True, **SHORT), store.write_whole
+    make(each)
+    files = [path for path in runs.REFERENCE.rglob("*") if path.suffix in (
+        ".keras", ".npz", ".json", ".csv")]
+    whole = {path: path.read_bytes() for path in files}
+    assert len(whole) == 4  # weights, answers, notes, table, in this order
+    for last in range(4):
+        writes = []
+
+        def interrupted(path, how, last=last, writes=writes):
+            writes.append(path)
+            if len(writes) > last:
+                raise KeyboardInterrupt
+            write(path, how)
+
+        (runs.REFERENCE / "rows" / "digits-scratch-seed0.json").unlink()
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            run = experiments.Maker([each]).make(each, 0)
+            patch.setattr(store, "write_whole", interrupted)
+            experiments.publish(run, each)
+        assert (experiments.notes_of(each, 0) is None) == (last < 3)
+        make(each)
+        assert {path: path.read_bytes() for path in files} == whole
+
+
 def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
     """And by what they call: another rule for softening is another control."""
     each, seed = experiments.run_of("digits-distilled-7-epochs-shuffled-seed0")
