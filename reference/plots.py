@@ -172,7 +172,8 @@ def results():
         left.plot(ORIGINAL[method], place, "|", color="black", markersize=14, markeredgewidth=2)
         left.plot(values, [place] * len(values), MARKERS[method], color=colour, alpha=0.6)
         left.text(values.max() + 0.8, place, f"{values.mean():.2f} %", va="center", color=colour)
-        patient = 100 * table[table.method == f"{method}-100-epochs"].test_accuracy
+        patient = table[(table.method == f"{method}-100-epochs")
+                        & table.seed.isin(found.xs(100).index)].test_accuracy * 100
         if len(patient):
             left.plot(patient, [place + 0.3] * len(patient), MARKERS[method], color=colour,
                       fillstyle="none")

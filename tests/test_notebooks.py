@@ -226,6 +226,10 @@ def test_the_figure_of_the_readme_shows_the_gains_of_the_table(path):
         taught, alone = (100 * rows[rows.method == f"{student}{label}"].set_index("seed")
                          .test_accuracy for student in ("distilled", "scratch"))
         np.testing.assert_allclose(drawn[epochs], (taught - alone).dropna())
+        if epochs == 100:  # like with like: students of both kinds, with the same seeds
+            labels = {text.get_text() for text in plots.results().axes[0].texts}
+            assert {f"{each[drawn[epochs].index].mean():.2f} % (100 epochs)"
+                    for each in (taught, alone)} <= labels
 
 
 @each_readme
