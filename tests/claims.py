@@ -148,6 +148,20 @@ def digits_gain(seed):
     return np.subtract(*right, dtype=int)
 
 
+def false_answers(method):
+    """Digits: how often each class is a wrong answer, mean over the students."""
+    answers = [logits_of(method, seed, "digits")["test"].argmax(-1) for seed in range(5)]
+    return np.mean([np.bincount(each[each != digits().y_test], minlength=10) for each in answers],
+                   axis=0)
+
+
+def alike_on(method, part):
+    """Digits: share of images with the teacher's answer, mean over the students."""
+    taught = logits_of("teacher", 0, "digits")[part].argmax(-1)
+    return np.mean([logits_of(method, seed, "digits")[part].argmax(-1) == taught
+                    for seed in range(5)])
+
+
 def p_of_5_epochs(floor):
     """For a true gain of zero, three pairs."""
     found = gains("distilled-5-epochs", "scratch-5-epochs")
@@ -321,9 +335,9 @@ def map_gains():
     return rows("distilled-5-epochs").xs(0, level="seed").unstack() - alone
 
 
-def of_pairs(column):
-    """The five pairs of notebook 05: columns scratch and distilled."""
-    usual = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(["scratch", "distilled"])]
+def of_pairs(column, dataset="cifar10"):
+    """The five pairs of notebook 05: columns distilled and scratch."""
+    usual = TABLE[(TABLE.dataset == dataset) & TABLE.method.isin(["scratch", "distilled"])]
     return usual.pivot(index="seed", columns="method", values=column).dropna()
 
 
@@ -344,6 +358,12 @@ def pulls(temperatures):
     fresh = np.random.default_rng(0).normal(size=taught.shape)
     return np.array([0.9 * t * np.linalg.norm(soft(fresh, t) - soft(taught, t), axis=-1).mean()
                      for t in temperatures])
+
+
+def hard_pull():
+    """The hard labels' gradient per image, with weight 0.1."""
+    fresh = np.random.default_rng(0).normal(size=(len(digits().y_val), 10))
+    return 0.1 * np.linalg.norm(soft(fresh, 1) - np.eye(10)[digits().y_val], axis=-1).mean()
 
 
 GRID = np.geomspace(1, 256, 49)
@@ -384,6 +404,9 @@ CLAIMS = {"README.md": {
     "Validation goes up and down in the first 12 epochs and rises steadily in the last 8":
         lambda: (np.diff(history("cifar10-teacher-seed0")["val_accuracy"])[:11] < 0).any()
         and (np.diff(history("cifar10-teacher-seed0")["val_accuracy"])[11:] > 0).all(),
+    "**You should see** cat and dog far ahead of the rest":
+        lambda: printed(NOTEBOOK_2, r"(\d+) images: cat and dog")[0][0]
+        > 2 * printed(NOTEBOOK_2, r"(\d+) images: \w+ and \w+\n")[1][0],
     "the truck is less than half a unit ahead of the automobile, and that makes 0.59 against 0.41":
         lambda: 0 < np.diff(teacher_logits()[IMAGE][[1, 9]])[0] < 0.5
         and soft(teacher_logits()[IMAGE], 1)[[9, 1]].round(2).tolist() == [0.59, 0.41],
@@ -440,6 +463,8 @@ CLAIMS = {"README.md": {
     "SGD loses nearly everything, because its step is 16 times smaller: 94 % is 1 − 1/16":
         lambda: printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")[0] == (94,)
         and printed(NOTEBOOK_4, r"SGD   alpha = [\d.]+: (\d+)%")[1] > (80,),
+    "Then an epoch costs about as much as one without a teacher":
+        lambda: benchmark("distill_over_scratch_epoch").between(0.95, 1.05).all(),
     "With Muon and alpha = 0 the step stays practically the same":
         lambda: printed(NOTEBOOK_4, r"Muon  alpha = 0.0: (\d+)%") < [(2,)],
     "With alpha = 0.1 it does change the step":
@@ -488,6 +513,18 @@ CLAIMS = {"README.md": {
             *of_pairs("val_accuracy").T.to_numpy()).confidence_interval())
         and 0.8 < np.ptp(together) / np.ptp(scipy.stats.ttest_rel(
             *of_pairs("val_accuracy").T.to_numpy()).confidence_interval()) < 1,
+    "So luck with the seeds and the test images doesn't explain the gain":
+        lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to") > [(0,)],
+    "On CIFAR-10 the gain after 20 epochs is about 0.6 points":
+        lambda: gains().mean().round(1) == 0.6,
+    "| about one point more than from scratch | about three points more |":
+        lambda: [round(100 * (of_pairs("agreement", dataset).mean() @ [1, -1]))
+                 for dataset in ("cifar10", "digits")] == [1, 3],
+    "all distilled students are surer than the teacher":
+        lambda: (sure := {method: [soft(logits_of(method, seed, "digits")["val"][0], 1)[
+            digits().y_val[0]] for seed in seeds] for method, seeds in (
+                ("teacher", [0]), ("distilled", range(5)))}) and min(sure["distilled"])
+        > sure["teacher"][0],
     "| about three and a half points, and its interval is much wider |":
         lambda: 3.2 < gains(dataset="digits").mean() < 3.8 and gains(dataset="digits").std()
         > 5 * gains().std(),
@@ -509,6 +546,10 @@ CLAIMS = {"README.md": {
     "0.6 points is all that notebook 05 found after 20 epochs":
         lambda: gains().mean().round(1) == 0.6,
     "At T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
+    "Between the regions, what helps accuracy costs calibration":
+        lambda: (ece := rows("distilled-5-epochs", "ece").xs(0, level="seed").unstack())
+        is not None and ece.loc[4:, :0.5].min(axis=None)
+        > max(ece.loc[1].max(), ece[0.9].max()),
     "this very cell is its least accurate":
         lambda: map_gains().loc[4:, :0.5].stack().idxmin() == (16.0, 0.0),
     "a very poor rate costs far more than a poor T or alpha":
@@ -539,6 +580,8 @@ CLAIMS = {"README.md": {
         and p.max() < 2 * p[-1],
     "Without T² it falls about a hundredfold":
         lambda: 70 < pulls([1])[0] / (pulls([16])[0] / 256) < 200,
+    "Without T² the hard labels outweigh the soft ones from T = 8 on, although their weight is 0.1":
+        lambda: pulls([4])[0] / 16 > hard_pull() > max(pulls([8])[0] / 64, pulls([16])[0] / 256),
     "from T = 8 to T = 16 the gradient changes by less than a factor of 1.5":
         lambda: 1 / 1.5 < np.divide(*pulls([8, 16])) < 1.5,
     "Without T² it falls four- to fivefold":
@@ -692,6 +735,18 @@ CLAIMS = {"README.md": {
     "the gain shrinks from 13 points to one, and at 28 epochs its interval contains zero":
         lambda: [round(gains(f"distilled-{n}-epochs", f"scratch-{n}-epochs", "digits").mean())
                  for n in (3, 28)] == [13, 1],
+    "| scratch is better in three pairs of three | scratch is ahead, but the interval contains "
+    "zero |":
+        lambda: patience().max() < 0 and len(patience()) == 3 and (
+            late := gains("distilled", "scratch-90-epochs", "digits")).mean() < 0 < late.mean()
+        + scipy.stats.t.ppf(0.975, 2) * max(late.std(), 1.26) / 3**0.5,
+    "| more for some classes, fewer for others | fewer for most |":
+        lambda: min(printed(NOTEBOOK_8, r"([+-]\d+)[,\n]")) < (0,) < max(
+            printed(NOTEBOOK_8, r"([+-]\d+)[,\n]")) and sum(change < 0 for change in (
+                false_answers("distilled") - false_answers("scratch"))) > 5,
+    "two to four points more, on training images too":
+        lambda: all(2 <= round(100 * more) <= 4 for more in (
+            alike_on("distilled", part) - alike_on("scratch", part) for part in ("val", "test"))),
     "The three gains lie within 0.03 points of each other":
         lambda: 0 < np.ptp(patience()) < 0.035,
 }, NOTEBOOK_9: {
@@ -808,158 +863,144 @@ CLAIMS = {"README.md": {
         lambda: paper("gradients a worker")[1] < paper("images")[1],
 }}
 NOT_MEASURED = {"README.md": {
-    "For a comparison of architectures": "how it is",
-    "Compare within a row": "advice",
-    "speaks of one teacher": "says what the interval covers",
-    "Run the tests": "times",
-    "Best read in order": "advice",
-    "see the same view of an image": "how it works",
-    "give other numbers than those above": "other data", "something better to copy": "a question",
-    "ends with the same weights": "test_kill and test_runs",
-    '"The same" means': "test_runs",
+    "For a comparison of architectures": "how it is", "Compare within a row": "advice",
+    "Best read in order": "advice", "see the same view of an image": "how it works",
+    "give other numbers than those above": "other data",
+    "ends with the same weights": "test_kill and test_runs", '"The same" means': "test_runs",
     "beside the same networks in PyTorch": "benchmark.csv",
     "with the same input and logits out": "what is asked for",
+    "what distillation gains: 1.74": "test_notebooks",
+    "distillation gains 0.61 points": "test_notebooks",
 }, NOTEBOOK_1: {
     "never choose and report on the same images": "what is learned here",
-    "makes more mistakes": "claims of 05",
-    "see the same image": "how it works",
+    "makes more mistakes": "claims of 05", "see the same image": "how it works",
     "trains the same student without a teacher": "what comes",
-    "is partly the luckiest": "a fact about maxima",
-    "says more about an image": "an example",
-    "draws the same share": "the output beside it", "Why are the parts": "a question",
-    "It's the habit that matters": "advice", "| confidence |": "definitions",
+    "is partly the luckiest": "a fact about maxima", "says more about an image": "an example",
+    "draws the same share": "the output beside it", "It's the habit that matters": "advice",
     "it's the same for every model": "the data are the same",
-    "45,000 images become more": "a question",
-    "The label stays the same": "how it works",
-    "Are the views the same": "a question",
-    "*the same views in the same order*": "test_runs",
+    "The label stays the same": "how it works", "*the same views in the same order*": "test_runs",
     "trains almost as fast": "benchmark.csv, distill_over_scratch_epoch",
-    "which two classes": "a question",
-    "look the same?": "a question",
-    "likelier than not": "test_exercises",
-    "The same goes for": "an explanation",
-    "the same views for teacher and student": "a title",
-    "| word | 中文 |": "definitions",
+    "likelier than not": "test_exercises", "The same goes for": "an explanation",
+    "the same views for teacher and student": "a title", "This helps us in two ways": "a list",
+    "the same student, trained without": "a definition", "makes soft labels more even": "03",
+    "0 if they are the same": "a definition", "give the same answer |": "a definition",
 }, NOTEBOOK_2: {
     "halve the picture": "how it works", "half as high": "the output beside it",
     "show them twice": "how it works", "between 30 and 45 %": "depends on the processor",
-    "differs from this one in four ways": "a list",
-    "at the same pace": "how Muon works",
+    "differs from this one in four ways": "a list", "at the same pace": "how Muon works",
     "falls to zero along a cosine": "test_runs", "shrinks the kernels a little": "how it works",
-    "than one sitting": "a heading", "in the same way, with the two": "how it works",
-    "bit for bit on the same machine": "test_runs", "rise steadily?": "a question",
+    "in the same way, with the two": "how it works",
+    "bit for bit on the same machine": "test_runs",
     "while the rate is high, the accuracy jumps": "the claim above",
-    "never pick the best epoch": "a rule",
-    "of about the same size": "the course's own words", "mixed up most": "the output below",
-    "hardly says more than the hard label": "an explanation", "are alike": "what 03 measures",
-    "Where the learning rate is highest": "an explanation",
+    "never pick the best epoch": "a rule", "of about the same size": "the course's own words",
+    "mixed up most": "the output below", "hardly says more than the hard label": "an explanation",
+    "are alike": "what 03 measures", "Where the learning rate is highest": "an explanation",
+    "nearly learned before": "of other data", "An image is worth": "a title",
 }, NOTEBOOK_3: {
-    "finds alike": "a goal", "find alike?": "a heading", "a larger number means": "a definition",
-    "differences shrink": "arithmetic", "as T grows": "a question",
-    "differ by at most 0.25": "arithmetic", "hesitates most": "how they are chosen",
-    "Why does this teach more": "a question", "hardly anything else": "an example",
+    "finds alike": "a goal", "a larger number means": "a definition",
+    "differences shrink": "arithmetic", "differ by at most 0.25": "arithmetic",
+    "hesitates most": "how they are chosen", "hardly anything else": "an example",
     "most images are not like that": "a heading", "A higher temperature": "arithmetic",
     "no more than the top answer": "a limit", "look the same to the eye": "a limit",
     "We average": "how it is done", "gets the most:": "the output below",
-    "point to the same classes?": "a question", "show the same thing": "the six of ten above",
-    "The image is the same": "how it is made", "it is nearly flat": "the claim above",
-    "which classes are alike": "the claim above", "can a temperature change": "a question",
-    "even sharper": "arithmetic", "by the same positive number": "arithmetic",
-    "What differs on digits": "of other data",
+    "show the same thing": "the six of ten above", "The image is the same": "how it is made",
+    "it is nearly flat": "the claim above", "which classes are alike": "the claim above",
+    "can a temperature change": "a question", "even sharper": "arithmetic",
+    "by the same positive number": "arithmetic", "What differs on digits": "of other data",
+    "| one to four |": "of other data",
 }, NOTEBOOK_4: {
-    "is the same formula": "test_notebooks", "how do the two losses differ": "a question",
-    "narrower and shallower": "the table beside it", "the teacher sees more": "arithmetic",
-    "for two reasons": "the steps below",
+    "is the same formula": "test_notebooks", "narrower and shallower": "the table beside it",
+    "the teacher sees more": "arithmetic", "for two reasons": "the steps below",
     "keeps the pull of the soft labels about level": "the claims above",
-    "does more than balance": "the claim after it",
-    "Only look at whether": "advice", "for the same reason. 2.": "test_exercises",
-    "shrinks like 1/T as well": "derived there",
+    "does more than balance": "the claim after it", "Only look at whether": "advice",
+    "for the same reason. 2.": "test_exercises", "shrinks like 1/T as well": "derived there",
     "should fall 16-fold": "derived there", "with a tenth and a hundredth": "how it is done",
-    "more or less than 16": "a question", "can't be larger than 1": "arithmetic",
-    "unlikely classes hardly count": "an explanation",
+    "can't be larger than 1": "arithmetic", "unlikely classes hardly count": "an explanation",
     "the same images (that's Dropout)": "the output beside it",
-    "find the same loss": "a question", "weigh 16 times more": "arithmetic",
-    "means little": "advice", "Would the student_loss fall": "a question",
+    "weigh 16 times more": "arithmetic", "means little": "advice",
     "on the same batches": "what comes", "larger than the teacher's own": "arithmetic",
     "falls all the same": "test_exercises", "must see it too": "arithmetic",
-    "What differs on digits": "of other data",
+    "What differs on digits": "of other data", "| about 5- to 6-fold |": "of other data",
 }, NOTEBOOK_5: {
     "set up a fair comparison": "what is learned here",
     "students of the same architecture": "its rule",
     "| the same | different |": "its rule, checked in the cell below",
-    'what "the same" means': "a title",
-    "who gets further?": "a question", "to reach a given accuracy?": "a question",
-    "better when they are smaller": "a definition", "give the same answer.": "a definition",
-    "may have less left to learn": "an explanation",
+    'what "the same" means': "a title", "better when they are smaller": "a definition",
+    "give the same answer.": "a definition", "may have less left to learn": "an explanation",
     "most of the luck with images": "an explanation",
     "counts some of the luck twice": "arithmetic", "found the same": "cited",
     "we compare *within* pairs": "how it is done", "If a line rises": "how to read it",
     "tested on the *same images*": "how it was done",
-    "when it is larger, is the subject": "what comes",
-    "Give it 20 or more": "advice", "A comparison is fair if": "its rule",
-    "to report each student's best epoch": "a question",
+    "when it is larger, is the subject": "what comes", "Give it 20 or more": "advice",
+    "A comparison is fair if": "its rule", "to report each student's best epoch": "a question",
     "stays the same on average": "test_exercises",
     "0.32 to 0.90 for the same ten numbers": "test_exercises", "smaller is better": "a definition",
-    "The best of 20 noisy numbers": "a fact about maxima", "as T grows without limit": "a question",
-    "has to be the same for": "a question", "One student is right more often": "a question",
-    "Are its probabilities better?": "a question",
+    "The best of 20 noisy numbers": "a fact about maxima",
+    "as T grows without limit": "a question", "has to be the same for": "a question",
+    "One student is right more often": "a question", "Are its probabilities better?": "a question",
     "The best of many numbers": "a fact about maxima",
     "divided by T they hardly differ": "arithmetic", "the same probability for every class": "03",
     "shrinks like 1/T²": "04", "within a factor of about three here": "04",
     "larger than the usual 1.96": "a table of t", "(08 has more on the last)": "a link",
-    "fewer pairs are needed": "arithmetic",
+    "fewer pairs are needed": "arithmetic", "| batches, in the same order |": "the cell below",
+    "might change the gain": "a possibility", "the spread of the n gains": "a definition",
+    "if the gains were normally distributed": "a definition",
+    "computes the mean gain": "how it is done", "Five pairs are enough": "the p-value above",
+    "Which student wins": "a question", "wins in four pairs of five": "test_exercises",
+    "Temperature scaling may help": "08", "## What differs on digits": "a heading",
 }, NOTEBOOK_6: {
     "which setting matters most": "what is learned here",
-    "is the best, which is the worst": "a question",
-    "All start from the same weights": "test_runs", "worse than the best one?": "a question",
+    "All start from the same weights": "test_runs",
     "is partly the luckiest": "a fact about maxima", "are *equally* good": "how it is done",
-    "how much better than the student": "a question", "not one best cell": "the claims behind it",
-    "share one teacher and the same": "how it was done", "*Figure 6.3: the same student": "a title",
-    "so far more luck |": "150 images for 5,000", "logits are twice as large": "a question",
-    "Repeated runs see more": "the claim after it",
+    "not one best cell": "the claims behind it",
+    "share one teacher and the same": "how it was done",
+    "*Figure 6.3: the same student": "a title", "so far more luck |": "150 images for 5,000",
+    "logits are twice as large": "a question", "Repeated runs see more": "the claim after it",
     "In 95 % of the draws": "how it is done", "After twenty the best cell": "says what is open",
-    "with this same setting": "how it was",
-    "the best cell by test accuracy": "a question", "At T = 2, because": "test_exercises",
-    "only at alpha = 0": "arithmetic", "factor T² may be a reason": "04",
+    "with this same setting": "how it was", "the best cell by test accuracy": "a question",
+    "At T = 2, because": "test_exercises", "only at alpha = 0": "arithmetic",
+    "factor T² may be a reason": "04",
     "The best of many noisy numbers is too good": "test_exercises",
+    "may well win with another seed": "a possibility",
+    "The colours no longer help": "how to read it",
 }, NOTEBOOK_7: {
     "The five worst": "their order is a choice", "Most of these mistakes": "the links beside them",
     "divided by 4 they hardly differ": "arithmetic", "give the same answers": "a test to write",
     "cut to almost 0": "Keras's source", "as [somebody once": "cited",
-    "nearly the same whether": "arithmetic",
-    "One more layer behind": "Keras's source", "has to go to nearly zero": "a test to write",
+    "nearly the same whether": "arithmetic", "One more layer behind": "Keras's source",
+    "has to go to nearly zero": "a test to write",
     "exactly where the student is most wrong": "arithmetic",
     "is the same number for everybody": "the cell below",
-    "a smaller loss than a random one": "a test to write", "gives all three the same": "an example",
-    "minds that less": "the output above", "compares the student with itself": "how it happens",
-    "### 13": "a title", "is the larger one": "test_distiller",
-    "came out worse than scratch": "cited",
+    "a smaller loss than a random one": "a test to write",
+    "gives all three the same": "an example", "minds that less": "the output above",
+    "compares the student with itself": "how it happens", "### 13": "a title",
+    "is the larger one": "test_distiller", "came out worse than scratch": "cited",
     "is the same, bit for bit": "05 checks it", "knows nothing any more": "the output above",
-    "### 18": "a title", "is the best epoch than the last": "a question", "### 19": "a title",
-     "shows the same with Muon": "06",
+    "### 18": "a title", "### 19": "a title", "shows the same with Muon": "06",
     "reaches what is known": "a test to write",
     "The same logits on both sides (13)": "test_exercises",
-    "nearly the statistics of the whole": "test_exercises",
-    "| | mistake | symptom |": "the text above", "| 13 | same logits": "the text above",
+    "nearly the statistics of the whole": "test_exercises", "| 13 | same logits": "the text above",
     "the same few steps": "a test to write", "Nearly all of these mistakes": "the table beside it",
+    "any of these gains": "the output above",
+    "gain of augmentation is credited": "the output above", "| T² left out |": "the text above",
+    "| softmax twice |": "the text above", "| sum of softmaxes |": "the text above",
+    "| KL reversed |": "the text above", "| teacher trained too |": "the text above",
+    "| augmentation for one |": "the text above", "| best epoch on test |": "the text above",
+    "| distiller saved |": "the text above", "| the kernel dies |": "the text above",
 }, NOTEBOOK_8: {
-    "Where does the teacher help most": "a question",
     "Two students that are equally good": "arithmetic",
     "we never take the spread to be smaller": "a rule",
     "a longer training makes the gain smaller": "a story",
     "the learning rate rises and falls": "test_runs",
     "the same number of epochs": "how it is done", "Left: what they reach": "how to read it",
-    "smaller than the true gap": "an explanation", "How large is the gain": "a question",
-    "comes to the same advice": "cited", "**Which student is the best?**": "a question",
+    "smaller than the true gap": "an explanation", "comes to the same advice": "cited",
     "reaches 88.98 %": "cited", "It is softer than a hard one": "a definition",
     "are the same for all but scratch": "experiments.py", "*Figure 8.2: gain": "how to read it",
     "may be made of something else": "says what is open",
     "(green) the scratch students": "how to read it",
     "that may be luck": "the interval in Figure 8.3", "that became more common": "how to read it",
-    "## Are its probabilities better": "a question",
-    "know better how sure": "a question", "The answers stay the same": "arithmetic",
-    "bins of fewer than 20": "how it is done", "copy it most directly": "an explanation",
-    "is it more on the training images": "a question", "The same cell also tells": "how it is done",
+    "The answers stay the same": "arithmetic", "bins of fewer than 20": "how it is done",
+    "copy it most directly": "an explanation", "The same cell also tells": "how it is done",
     "found the same for much larger models": "cited",
     "the labels of most training images": "how it is done",
     "the same number of steps": "test_runs", "contain nearly all the labels": "test_exercises",
@@ -968,39 +1009,40 @@ NOT_MEASURED = {"README.md": {
     "| smoothed labels | the same": "a definition",
     "there the t interval of notebook 05 stands": "a rule", "the gain should grow": "a story",
     "may be memory of the views": "says what is open",
-    "the means differ from the table": "how it is",
-    "and has two more": "what comes",
+    "the means differ from the table": "how it is", "and has two more": "what comes",
     "only the answers of a trained network give more than": "the claims around it",
     "whether the teacher's time was wasted": "the claim above",
-    "| controls (Figure 8.2) |": "of other data", "| two groups | too much": "of other data",
+    "what becomes of the gain when training": "what is learned here",
+    "whether the gain goes on shrinking is open": "says what isn't known",
+    "*once there are the teacher's answers*": "a claim of 05",
+    "no sign that it was worth it": "the claims after it",
+    "gains 0.13 points over scratch": "their table 1", "it gains 2.4": "their table 1",
+    "| a small teacher |": "a definition",
+    "these controls explain the gain after 5": "what they are",
+    "gain of each class, mean": "a legend", "Labels cost money": "everyday knowledge",
+    "worth on images that nobody has": "says what isn't known",
+    "a gain that was measured above": "what it is", "## What differs on digits": "a heading",
+    "| distilled students know them no better |": "of other data",
+    "is its gain still not": "a question", "so that closeness is luck": "the floor",
 }, NOTEBOOK_9: {
-    "something better to copy": "a question", "in about ten lines each": "test_features",
-    "with a teacher's features, and": "what is learned here",
     "The widths differ": "the output above", "A hint asks for more": "what it is",
     "Whether 38 is more than 34": "says what isn't known",
     "most classes of the teacher form groups": "the figure above it",
     "losses on maps are less even": "the claims after it",
-    "it doesn't depend on scale": "arithmetic",
-    "when all logits are ten": "a question", "it averages the larger one": "methods.py",
+    "it doesn't depend on scale": "arithmetic", "it averages the larger one": "methods.py",
     "On a single image the places may still differ": "the figure below",
-    "on a finer scale": "how to read it",
-    "share of the variance": "a definition", "are the same images alike?": "a question",
+    "on a finer scale": "how to read it", "share of the variance": "a definition",
     "That copy has the same geometry": "arithmetic", "counts least where": "arithmetic",
     "with one more loss": "test_features", "with the same weights see 2,500": "how it is done",
-    "distances between groups mean little": "advice",
-    "confuse alike?": "a question", "rise and fall together": "a question",
-    "has the same matrix": "an explanation", "Red pairs rise together": "how to read it",
-    "| you have | begin with |": "what each needs", "the same budget for all": "what comes",
+    "distances between groups mean little": "advice", "has the same matrix": "an explanation",
+    "Red pairs rise together": "how to read it", "the same budget for all": "what comes",
     "with the same number of trials for all": "advice",
     "the same three tensors": "the output above",
-    "| CIFAR-10 | digits | | --- | --- | --- | | the image of the series | a truck | an eight |":
-    "of other data",
-    "Does it matter if the architectures differ?": "a question",
-    "the students that had *no* teacher": "a question",
-    "They say how weak a student is": "an explanation",
     "How far a student stays behind says little": "the claim after it",
     "differ in more than the architecture": "says what is open",
-    "has no validation images to choose settings on": "facts about their code",
+    "can't say what it is worth": "says what isn't known",
+    "What each of them *gains*": "says what isn't known", "## What differs on digits": "a heading",
+    "| 2,500 | 2,400, all": "a count",
 }, NOTEBOOK_11: {
     "It needs three more packages": "a count", "so more cores finish more": "the cell below",
     "at the same path": "a rule", "At most one epoch is lost": "test_cluster",
@@ -1010,20 +1052,16 @@ NOT_MEASURED = {"README.md": {
     "all its students have the same seed": "search.py", "may have taken longer": "an explanation",
     "from before our training engine was rebuilt": "PROTOCOL.md",
     "They become a problem with more views": "arithmetic", "as a hint at most": "advice",
-    "two correct trainings differ by": "test_parallel", "its own half of the batch": "how it works",
-    "## How does the cost grow?": "a question", "twice the data or a hundred": "a question",
-    "On digits no such order shows": "the claim after it",
-    "Dotted: the best of the 25": "a legend", "Four ways out": "a list",
-    "What does a shortened answer lose?": "a question",
-    "four assumptions that you may change": "assumptions",
+    "two correct trainings differ by": "test_parallel",
+    "its own half of the batch": "how it works", "Dotted: the best of the 25": "a legend",
+    "Four ways out": "a list", "four assumptions that you may change": "assumptions",
     "what our assumptions say": "arithmetic",
     "The bytes of the answers grow with images and classes": "arithmetic",
     "know when their rows are those of one process": "what is learned here",
-    "as good as the best of notebook 06's grid": "a question",
     "the counts are a little larger than 320": "the output above",
     "KL divergence from the whole answer": "a definition", "The two vertical axes": "a legend",
     "rows equal those of one process bit for bit": "test_cluster",
     "Cost grows with images and views, as measured": "the claims above",
-    "Shortening pays where": "arithmetic", "Fewer than five save something": "arithmetic",
-    "fall to a twentieth": "arithmetic", "can't tell good settings": "the claim before it",
+    "Fewer than five save something": "arithmetic", "fall to a twentieth": "arithmetic",
+    "holds measured costs": "what it is", "what costs how much": "a legend",
 }}

@@ -10,11 +10,14 @@ from conftest import CIFAR10, ROOT
 COMPARES = re.compile(
     r"\b(more|less|fewer|most|least|hardly|nearly|almost|better|worse|best|worst|higher|lower"
     r"|larger|smaller|greater|falls?|rises?|grows?|shrinks?|same|differs?|alike|faster|slower"
-    r"|los[et]s?|beats?|within|exceeds?|twice|half|little|than|reach(?:es)?)\b", re.IGNORECASE)
+    r"|los[et]s?|beats?|within|exceeds?|twice|half|little|than|reach(?:es)?|worth|helps?|costs?"
+    r"|gains?|wins?|ahead|outweighs?)\b", re.IGNORECASE)
 
 
 def sentences(name):
-    return re.split(r"(?<=[.!?:)*]) (?=[-A-Z*`!(\"|#])", page(name))
+    """And the rows of tables. A question compares nothing."""
+    ends = r"(?<=[.!?:)*]) (?=[-A-Z*`!(\"|#])|(?<=\|) (?=\|)"
+    return [each for each in re.split(ends, page(name)) if not re.search(r"\?\W*$", each)]
 
 
 @pytest.mark.parametrize("name, claim", [(name, each) for name in CLAIMS for each in CLAIMS[name]])
@@ -31,7 +34,8 @@ def test_every_comparison_is_a_claim(name):
     bare = [each for each in sentences(name)
             if COMPARES.search(each) and not any(part in each for part in known)]
     assert bare == []
-    assert all(part in page(name) for part in NOT_MEASURED[name])
+    compared = [each for each in sentences(name) if COMPARES.search(each)]
+    assert [part for part in NOT_MEASURED[name] if not any(part in each for each in compared)] == []
 
 
 def test_the_table_of_part_a_is_that_of_the_rows():
