@@ -236,8 +236,8 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     0.0
     """
     temperature = _number("temperature", temperature)
-    teacher_logits = _as_float("teacher_logits", teacher_logits)
     student_logits = _as_float("student_logits", student_logits)
+    teacher_logits = ops.cast(_as_float("teacher_logits", teacher_logits), student_logits.dtype)
     taught, learned = tuple(teacher_logits.shape), tuple(student_logits.shape)
     require(len(taught) > 1 and 0 not in taught and _agree(taught, learned), f"teacher_logits have "
             f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
@@ -286,8 +286,8 @@ def _agree(a, b) -> bool:
     return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
 
 
-def _are_probabilities(rows) -> bool:
-    return len(rows) > 0 and rows.min() >= 0 and np.abs(rows.sum(axis=-1) - 1).max() < 1e-2
+def _are_probabilities(rows):
+    return ops.all(rows >= 0) & ops.all(ops.abs(ops.sum(rows, axis=-1) - 1) < 1e-2)
 
 
 def check_model(role: str, model) -> int | None:
@@ -299,14 +299,16 @@ def check_model(role: str, model) -> int | None:
         return None  # its first batch will tell
     noise = keras.tree.map_shape_structure(lambda each: np.random.default_rng(0).uniform(
         0, 255, [n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
-    answers, last = model(noise, training=False), (model.layers or [None])[-1]
+    answers = model(noise, training=False)
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
             "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
-    softmax = _are_probabilities(ops.convert_to_numpy(ops.cast(answers, "float32")))
-    sigmoid = getattr(last, "activation", None) is keras.activations.sigmoid
-    require(not softmax and not sigmoid, f"{role} gives probabilities, not logits. Build it "
-            "without a softmax at its end: new.set_weights(model.get_weights()).")
+    last = (getattr(model, "operations", model.layers) or [None])[-1]
+    sigmoid = (getattr(last, "activation", None) is keras.activations.sigmoid
+               or type(last).__name__ == "Sigmoid")  # an operation in place of a layer
+    require(not sigmoid and not _are_probabilities(ops.cast(answers, "float32")), f"{role} gives "
+            "probabilities, not logits. Build it without a softmax at its end: "
+            "new.set_weights(model.get_weights()).")
     return shape[-1]
 
 
@@ -318,7 +320,7 @@ def check_images(role: str, model, images):
     require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
             "keras.ops.image.resize, or set_shape where the size is right.")
     require(not isinstance(images, np.ndarray) or _are_raw(model, images), "images are at most 1, "
-            f"but the {role} takes raw pixels from 0 to 255, and normalises them itself.")
+            f"or negative. The {role} takes raw pixels from 0 to 255, and normalises them itself.")
     return images
 
 
@@ -327,10 +329,12 @@ def _are_raw(model, images):
     raw = any((isinstance(layer, layers.Normalization)
                and np.max(ops.convert_to_numpy(layer.mean)) > 1)  # a number, also in JAX's trace
               or (isinstance(layer, layers.Rescaling) and np.max(layer.scale) < 0.1)
-              for layer in getattr(model, "layers", ()))
-    if not raw or "float" not in str(getattr(images, "dtype", "")) or 0 in images.shape:
+              for layer in model._flatten_layers())  # also of models inside
+    images, *others = keras.tree.flatten(images)
+    pixels = len(images.shape) == 4 and 0 not in images.shape and "float" in str(images.dtype)
+    if others or not raw or not pixels:
         return True
-    return (ops.max(images) > 1) | (ops.max(images) == ops.min(images))
+    return (ops.min(images) >= 0) & (ops.max(images) > 1) | (ops.min(images) == ops.max(images))
 
 
 def _guarded(method):
@@ -357,7 +361,8 @@ def _look(batch, logs):
             "training has diverged. Lower the learning rate.", FloatingPointError)
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
             "unknown, or a sample_weight is not finite.")
-    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan or infinity.")
+    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity or "
+            "probabilities, or the teacher got images that are not raw pixels.")
 
 
 # --- distiller ------------------------------------------------------------------------
@@ -386,40 +391,38 @@ class Distiller(keras.Model):
             if student.count_params() > teacher.count_params():
                 warnings.warn("student is larger than teacher. Are they swapped?", stacklevel=2)
         super().__init__(name="distiller", dtype=student.dtype_policy)  # float16: scale the loss
-        self._temperature = _number("temperature", temperature)
-        self._alpha, self._soft_loss = _number("alpha", alpha), soft_loss
-        self.student, self.built = student, True
+        self._soft_loss, self._temperature = soft_loss, _number("temperature", temperature)
+        self.student, self._alpha, self.built = student, _number("alpha", alpha), True
         self._losses_seen = [keras.metrics.Mean(n) for n in ("student_loss", "distillation_loss")]
         self.save, self.export, self.summary = student.save, student.export, student.summary
-        self.save_weights = self._with_optimizer(student.save_weights)
-        self.load_weights = self._with_optimizer(student.load_weights)
 
         def ask(x):  # in a closure Keras does not find the teacher: it is not trained or saved
             require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
-            return ops.stop_gradient(teacher(check_images("teacher", teacher, x), training=False))
+            logits = teacher(check_images("teacher", teacher, x), training=False)
+            return ops.stop_gradient(ops.where(_are_raw(teacher, x), logits, math.nan))
 
         self._ask_teacher = ask
 
     temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
-    def _with_optimizer(self, method):  # a checkpoint goes on, and fits the student alone
-        def lend(*args, **more):
-            own, self.student.optimizer = getattr(self.student, "optimizer", None), self.optimizer
-            try:
-                method(*args, **more)
-            finally:
-                self.student.optimizer = own
-        return lend
+    def _lend(self, method, *args, **more):  # a checkpoint goes on, and fits the student alone
+        own, self.student.optimizer = getattr(self.student, "optimizer", None), self.optimizer
+        try:
+            getattr(self.student, method)(*args, **more)
+        finally:
+            self.student.optimizer = own
+
+    save_weights = functools.partialmethod(_lend, "save_weights")
+    load_weights = functools.partialmethod(_lend, "load_weights")
 
     def compile(self, optimizer="rmsprop", loss=None, metrics=None, weighted_metrics=None, **more):
         """As Keras's. The student_loss is cross-entropy; without metrics it shows the accuracy."""
-        usual = keras.losses.SparseCategoricalCrossentropy(from_logits=True).get_config()
-        fits = loss is None or isinstance(loss, keras.losses.Loss) and loss.get_config() == usual
+        usual = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        fits = loss is None or type(loss) is type(usual) and loss.get_config() == usual.get_config()
         require(fits and "loss_weights" not in more, f"loss is {loss!r}. Leave it out: it is "
                 "SparseCategoricalCrossentropy(from_logits=True), and alpha is its weight.")
-        if metrics is weighted_metrics is None:
-            weighted_metrics = ["accuracy"]  # of images with a known label
+        weighted_metrics = ["accuracy"] if metrics is weighted_metrics is None else weighted_metrics
         super().compile(optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **more)
 
     fit, evaluate, predict = map(
@@ -427,7 +430,8 @@ class Distiller(keras.Model):
 
     def call(self, inputs, training=None):
         images, _ = self._split(inputs)
-        return self.student(check_images("student", self.student, images), training=training)
+        logits = self.student(check_images("student", self.student, images), training=training)
+        return logits if training else ops.where(_are_raw(self.student, images), logits, math.nan)
 
     def _split(self, x):
         """The student's inputs and the teacher's stored logits, or None to ask it live."""
@@ -437,26 +441,29 @@ class Distiller(keras.Model):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         # Keras calls this in each step. What is wrong stays out of the loss, so that no weight is
-        # lost, and makes a metric nan or -inf, so that the guard raises.
+        # lost (BatchNorm's averages see it), and makes a metric nan or -inf: the guard raises.
         images, stored = self._split(x)
+        logits = _as_float("logits", y_pred)
         given = self._ask_teacher(images) if stored is None else stored
-        answers = _as_float("teacher_logits", given)
-        sound = ops.logical_not(ops.any(ops.isnan(answers) | (answers == math.inf)))
+        answers = ops.cast(_as_float("teacher_logits", given), logits.dtype)
+        many = ops.shape(answers)[0] > 7  # a few logits may look like probabilities by chance
+        sound = ops.logical_not(ops.any(ops.isnan(answers) | (answers == math.inf))
+                                | (many & _are_probabilities(answers)))
         soft = self._soft_loss(teacher_logits=ops.where(sound, answers, ops.zeros_like(answers)),
                                student_logits=y_pred, temperature=self.temperature)
-        y, weight, valid = self._labels(y, y_pred, sample_weight)
-        hard = keras.losses.sparse_categorical_crossentropy(y, _as_float("logits", y_pred), True)
+        y, weight, _, valid = self._labels(y, y_pred, sample_weight)
+        hard = keras.losses.sparse_categorical_crossentropy(y, logits, True)
         hard, raw = ops.mean(weight * hard), _are_raw(self.student, images)
         for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
             loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
         loss = self.alpha * hard + (1 - self.alpha) * ops.where(sound, soft, 0.0)
-        loss = ops.where(raw, loss, 0.0) + sum(map(ops.sum, self.losses))
+        loss = ops.where(raw, loss + sum(map(ops.sum, self.losses)), 0.0)
         strategy = getattr(self, "distribute_strategy", None)  # replicas' gradients are summed
         return loss / (strategy.num_replicas_in_sync if strategy else 1)
 
     def _labels(self, y, logits, weight):
-        """Class numbers, the weight of each, and whether all were valid or -1 (unknown)."""
+        """Class numbers, their weights, which are known, and whether all were valid or -1."""
         y = ops.full(ops.shape(logits)[:1], -1) if y is None and self.alpha == 0 else y
         shape, classes = tuple(getattr(y, "shape", ())), logits.shape[-1]
         require(len(shape) == 1 or shape[1:] == (1,), f"labels have shape {shape}. Give class "
@@ -464,11 +471,11 @@ class Distiller(keras.Model):
         given, y = ops.reshape(y, (-1,)), ops.cast(ops.reshape(y, (-1,)), "int32")
         whole = ops.cast(given, "float32") == ops.cast(y, "float32")
         known = whole & (y >= 0) & (y < classes)
-        weight = ops.ones(ops.shape(y)) if weight is None else ops.reshape(weight, (-1,))
-        weight = ops.cast(weight, "float32")
+        weight = ops.cast(1 if weight is None else ops.reshape(weight, (-1,)), "float32")
         valid = (known | (whole & (y == -1))) & ops.isfinite(weight)
-        return ops.where(known, y, 0), ops.where(known & valid, weight, 0.0), ops.all(valid)
+        weight = ops.where(known & valid, weight, 0.0)
+        return ops.where(known, y, 0), weight, known, ops.all(valid)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
-        y, weight, _ = self._labels(y, y_pred, sample_weight)
-        return super().compute_metrics(x, y, y_pred, weight)
+        y, weight, known, _ = self._labels(y, y_pred, sample_weight)
+        return super().compute_metrics(x, ops.where(known, y, -1), y_pred, weight)

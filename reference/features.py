@@ -5,6 +5,7 @@ student and thrown away with the distiller. What is saved is the student.
 """
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -157,6 +158,8 @@ class Contrast(Embedded):
     def prepare(self, *, teacher, student, labels=None):
         require(labels is not None and len(set(labels)) > 1, "labels are missing. This loss draws "
                 "images of other classes: pass the labels of the whole training set.")
+        require(min(labels) >= 0, f"labels hold {min(labels)} (unknown). This loss needs the class "
+                "of every image: leave those images out.")
         super().prepare(teacher=teacher, student=student)
         self.order = np.argsort(labels, kind="stable").astype("int32")
         values, first, sizes = np.unique(np.asarray(labels)[self.order], return_index=True,
@@ -222,8 +225,9 @@ class FeatureDistiller(kdlib.Distiller):
     def __init__(self, *, student, teacher, feature_loss, weight: float, student_layers=(),
                  teacher_layers=(), temperature: float = 4.0, alpha: float = 0.1, labels=None):
         super().__init__(student=student, teacher=teacher, temperature=temperature, alpha=alpha)
-        require(isinstance(weight, (int, float)) and 0 <= weight < math.inf, f"weight is "
-                f"{weight!r}. It multiplies the feature loss: a finite number from 0 on.")
+        real = isinstance(weight, numbers.Real) and not isinstance(weight, bool)
+        require(real and 0 <= weight < math.inf, f"weight is {weight!r}. It multiplies the feature "
+                "loss: a finite number from 0 on.")
         require(len(student_layers) == len(teacher_layers), f"student_layers are {student_layers}, "
                 f"teacher_layers {teacher_layers}. Name one of the teacher for each.")
         require(teacher is not None or not teacher_layers, "teacher is None, but teacher_layers "
@@ -233,8 +237,9 @@ class FeatureDistiller(kdlib.Distiller):
         self._classes, self.weight = watched.outputs[0].shape[-1], float(weight)
         self._watch_student = lambda images: keras.tree.flatten(watched(images, training=True))
         asked = watch("teacher", teacher, teacher_layers) if teacher_layers else None
-        self._watch_teacher = asked and (lambda images: [ops.stop_gradient(x) for x in asked(
-            kdlib.check_images("teacher", teacher, images), training=False)])
+        self._watch_teacher = asked and (lambda images: [
+            kdlib._are_raw(teacher, images), *map(ops.stop_gradient, asked(
+                kdlib.check_images("teacher", teacher, images), training=False))])
         given = isinstance(feature_loss, FeatureLoss)
         self.feature_loss = feature_loss if given else FeatureLoss(feature_loss)
         shapes = {role: [tuple(x.shape) for x in model.outputs[bool(layers_):]] if model else
@@ -267,19 +272,20 @@ class FeatureDistiller(kdlib.Distiller):
         images, given = self._split(x)
         answers, numbers = self._stored(given)
         logits, *learned = y_pred if isinstance(y_pred, (list, tuple)) else [y_pred]
-        trains, taught = isinstance(y_pred, (list, tuple)), []
+        trains, raw, taught = isinstance(y_pred, (list, tuple)), True, []
         if trains and self._watch_teacher:
-            live, *taught = self._watch_teacher(images)
-            answers = live if answers is None else answers
+            raw, live, *taught = self._watch_teacher(images)
+            answers = ops.where(raw, live if answers is None else answers, math.nan)
         answers = self._ask_teacher(images) if answers is None else answers
         several = images if isinstance(images, (list, tuple)) else [images]
         loss = super().compute_loss((*several, answers), y, logits, sample_weight, training)
         if not trains:
             return loss
-        y, known, _ = self._labels(y, logits, None)
-        labels = ops.where(known > 0, y, ops.cast(ops.argmax(answers, axis=-1), y.dtype))
+        y, _, known, _ = self._labels(y, logits, None)
+        labels = ops.where(known, y, ops.cast(ops.argmax(answers, axis=-1), y.dtype))
         extra = self.feature_loss.compute(teacher=taught or [answers], student=learned or [logits],
                                           labels=labels, numbers=numbers)
+        extra = ops.where(raw, extra, 0.0)  # else the answers are nan, and the guard raises
         self._seen.update_state(extra, ops.shape(logits)[0])
         for metric in self._losses_seen:  # not finite: the guard of fit raises
             metric.update_state(ops.where(ops.isfinite(extra), 0.0, math.nan), 0.0)

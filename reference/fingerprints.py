@@ -68,9 +68,9 @@ def architecture(model) -> str:
 
 def _own_code(model) -> list:
     """Of layers that are not Keras's: the digest of their methods, which no config tells."""
-    kinds = {type(layer) for layer in (model, *model._flatten_layers())}
-    own = sorted((kind for kind in kinds if not kind.__module__.startswith("keras.")),
-                 key=lambda kind: kind.__qualname__)
+    kinds = {kind for layer in (model, *model._flatten_layers()) for kind in type(layer).__mro__}
+    own = sorted((kind for kind in kinds if kind.__module__.split(".")[0] not in (
+        "keras", "tensorflow", "builtins")), key=lambda kind: kind.__qualname__)
     return [code_digest(*filter(inspect.isfunction, vars(kind).values())) for kind in own]
 
 

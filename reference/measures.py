@@ -96,6 +96,6 @@ def check_answers(answers, recipe, shape: tuple) -> list[np.ndarray]:
     answers = [np.asarray(each, "float32") for each in answers[:views]]
     require(not any(np.isnan(each).any() or (each == np.inf).any() for each in answers),
             "answers hold nan or infinity. Compute the logits again.")
-    require(answers[0].min() < 0 or np.abs(answers[0].sum(-1) - 1).max() > 1e-2,
+    require(not kdlib._are_probabilities(answers[0]),
             "answers are probabilities (each row sums to 1). Give logits: np.log(answers) will do.")
     return answers

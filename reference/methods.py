@@ -70,7 +70,8 @@ def _mean_square(x):
 def _kl(teacher, student):
     """KL(softmax(teacher) || softmax(student)) of each row; a huge logit is no infinity here."""
     log_p, log_q = ops.log_softmax(teacher, axis=-1), ops.log_softmax(student, axis=-1)
-    return ops.sum(ops.exp(log_p) * (log_p - log_q), axis=-1)
+    p = ops.exp(log_p)  # 0 where a teacher's logit is -inf: that class contributes nothing
+    return ops.sum(p * ops.where(p > 0, log_p - log_q, 0.0), axis=-1)
 
 
 # --- RepDistiller's thirteen ----------------------------------------------------------
@@ -210,6 +211,8 @@ def fsp(*, teacher, student):
     Lists of maps, stage for stage with equal channels; returns a list, one for each two stages.
     Yim et al. 2017, section 3.2; RepDistiller FSP.py.
     """
+    require(len(teacher) > 1, f"teacher and student give {len(teacher)} stage. This loss compares "
+            "what happens from one stage to the next: name at least two layers.")
     flows = [[_flow(*two) for two in zip(maps, maps[1:], strict=False)]
              for maps in (teacher, student)]
     return [_mean_square(ops.subtract(*_floats(t, s, equal=True)))

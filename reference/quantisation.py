@@ -75,7 +75,8 @@ class RoundedDense(layers.Dense):
     bits = 8
 
     def call(self, inputs, training=None):
-        return self.activation(ops.matmul(inputs, rounded(self.kernel, bits=self.bits)) + self.bias)
+        x = ops.matmul(inputs, rounded(self.kernel, bits=self.bits))
+        return self.activation(x if self.bias is None else x + self.bias)
 
 
 class RoundedActivations(layers.Layer):

@@ -35,9 +35,10 @@ RESULT_COLUMNS = ("dataset model method teacher temperature alpha seed epochs pa
 # once, here: a file that is edited while a training runs does not change what has been read.
 VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
 CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(
-    kdlib.distillation_loss, kdlib.Distiller.compute_loss, kdlib.Distiller._labels, Batches,
-    make_optimizer, recipes.Muon, recipes._as_matrix, recipes.FusedBatchNormalization,
-    recipes.SmoothedCrossentropy))
+    kdlib._as_float, kdlib.distillation_loss, kdlib.Distiller.call, kdlib.Distiller._split,
+    kdlib.Distiller.compute_loss, kdlib.Distiller._labels, measures.figures,
+    measures.expected_calibration_error, Batches, make_optimizer, recipes.Muon,
+    recipes._as_matrix, recipes.FusedBatchNormalization, recipes.SmoothedCrossentropy))
 
 # --- train or load --------------------------------------------------------------------
 

@@ -134,7 +134,7 @@ def run(search: Search, *, trials: int, workers: int = 0, cores: int = 1, addres
     require(trials >= 1, f"trials is {trials}. Give at least 1.")
     with filelock.FileLock(runs.runs_folder() / f"{search.name}.lock"):  # one driver a study
         again = [(t.number, t.params["temperature"], t.params["alpha"])
-                 for t in search.study().trials if not t.state.is_finished()]
+                 for t in search.study().trials if not t.state.is_finished() and _begun(search, t)]
         if workers:
             _on_workers(search, again, trials, workers, cores, address, bar)
         else:
@@ -142,6 +142,14 @@ def run(search: Search, *, trials: int, workers: int = 0, cores: int = 1, addres
                 train(search, *(again.pop(0) if again else begin(search)))
                 _show(bar, search)
     return search.study()
+
+
+def _begun(search: Search, trial) -> bool:
+    """Whether a trial has its settings. A kill may come before: then it has failed."""
+    if len(trial.params) < 2:
+        optuna = cluster.needed("optuna", "search.py")
+        search.study().tell(trial.number, state=optuna.trial.TrialState.FAIL)
+    return len(trial.params) == 2
 
 
 def _on_workers(search, again, trials, workers, cores, address, bar) -> None:

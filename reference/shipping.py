@@ -78,17 +78,16 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
 
 
 def _convert(model, path: Path, settings: dict, class_names) -> None:
-    whole, failure = path.with_suffix(".tflite"), None
+    failure = None
     with quiet():  # converters and runtimes write to stderr from C++
         try:
-            model.export(whole, format="litert", verbose=False, **settings)
+            model.export(path, format="litert", verbose=False, **settings)
         except Exception as error:  # the converter has many kinds
             failure = str(error)
     lacking = ", ".join(sorted(set(re.findall(r"\btf\.([A-Z]\w+)", failure or ""))))
     require(failure is None, f"LiteRT cannot run this model: {lacking or str(failure)[:300]}. "
             "Replace that layer, or ship a SavedModel.")
-    content = whole.read_bytes()
-    whole.replace(path)
+    content = path.read_bytes()
     # A zip at the end of the file, as LiteRT's metadata has it. The runtime does not see it.
     with zipfile.ZipFile(path, "a") as attached:
         attached.writestr("labels.txt", "\n".join(class_names))

@@ -235,7 +235,7 @@ def subclassed():
     (dict(student_layers=["pool"]), r"student_layers give \(None, 6\). This loss needs maps"),
     (dict(teacher_layers=["logits"]), r"teacher_layers give \(None, 10\). This loss needs maps"),
     (dict(weight=-1.0), "weight is -1.0"), (dict(weight=float("nan")), "weight is nan"),
-    (dict(weight=None), "weight is None")])
+    (dict(weight=None), "weight is None"), (dict(weight=True), "weight is True")])
 def test_a_sentence_at_once(change, words):
     with pytest.raises(ValueError, match=words):
         distiller("fitnet", **change)
@@ -251,9 +251,29 @@ def test_a_sentence_about_the_model():
                                   student_layers=["two"], teacher_layers=["two"])
 
 
+@pytest.mark.parametrize("stored", [False, True])
+def test_a_teacher_that_gets_images_of_another_scale(stored):
+    """Its features would mean nothing, also where its answers were stored."""
+    pixels = keras.Input((32, 32, 3))
+    maps = layers.Conv2D(3, 3, strides=4, name="one")(pixels)  # this student takes what comes
+    student = keras.Model(pixels, layers.Dense(10)(layers.GlobalAveragePooling2D()(maps)))
+    made = features.FeatureDistiller(
+        student=student, teacher=net(4), temperature=4, alpha=0.0, feature_loss=methods.at,
+        weight=1.0, student_layers=["one"], teacher_layers=["one"])
+    made.compile("sgd")
+    x, before = (X / 255).astype("float32"), student.get_weights()
+    answers = np.random.default_rng(1).normal(size=(24, 10)).astype("float32")
+    with pytest.raises(ValueError, match="the teacher got images that are not raw pixels"):
+        made.fit((x, answers) if stored else x, Y, verbose=0)
+    assert all(map(np.array_equal, before, student.get_weights()))
+
+
 def test_a_sentence_about_numbers_and_labels():
+    distiller("fitnet", weight=np.float32(0.5))  # a number of NumPy's is one, too
     with pytest.raises(ValueError, match="labels are missing"):
         distiller("crd", labels=None)
+    with pytest.raises(ValueError, match="labels hold -1 .unknown.*leave those images out"):
+        distiller("crd", labels=np.where(np.arange(len(Y)) < 3, -1, Y))
     with pytest.raises(ValueError, match="image numbers are missing"):
         distiller("crd").train_on_batch(X, Y)
     with pytest.raises(ValueError, match="teacher_logits have 7 columns"):

@@ -96,6 +96,15 @@ def test_infinite_temperature_matches_centred_logits():
     assert float(got) == pytest.approx(want, rel=1e-3)
 
 
+@pytest.mark.parametrize("kinds", [("float64", "float32"), ("float32", "float64"),
+                                   ("float16", "float64")])
+def test_a_teacher_of_another_precision(kinds):
+    """NumPy's stored logits are float64, a student's float32."""
+    teacher, student = (z.astype(kind) for z, kind in zip(some_logits(3), kinds, strict=True))
+    got = kdlib.distillation_loss(teacher_logits=teacher, student_logits=student, temperature=4)
+    assert float(got) == pytest.approx(loss64(teacher, student, 4), rel=1e-5)
+
+
 def test_loss_of_equal_logits_is_zero_and_constants_do_not_matter():
     teacher, student = some_logits(5)
 

@@ -14,7 +14,6 @@ from method_cases import FILE, cases, features
 from test_distiller import ROOT, on_a_backend
 from test_notebooks import cells, defined_in
 
-needs_file = pytest.mark.skipif(not FILE.exists(), reason="no methods.npz in KD_DATA_DIR")
 NAMES = ("AB AT CC CRD DIST-T1 DIST-T4 DKD-beta2 DKD-beta8 FSP FT FitNet KD-T1 KD-T4 "
          "KD-standardised-T2 NST PKT RKD SP TTM-power0.25 VID WTTM-power0.25").split()
 
@@ -43,12 +42,10 @@ def file():
     return dict(np.load(FILE, allow_pickle=False))
 
 
-@needs_file
 def test_every_entry_of_the_file_has_a_case(file):
     assert {key.partition("/")[0] for key in file} - {"labels"} == set(cases(file)) == set(NAMES)
 
 
-@needs_file
 @pytest.mark.parametrize("name", NAMES)
 def test_value_and_gradient_are_those_of_the_original(name, file):
     losses, gradients = value_and_gradients(
@@ -60,7 +57,6 @@ def test_value_and_gradient_are_those_of_the_original(name, file):
         assert agrees(got, want)
 
 
-@needs_file
 def test_memories_after_a_step_are_those_of_the_original(file):
     for role in ("teacher", "student"):
         rows = file[f"CRD/{role}0"] @ file[f"CRD/{role}_kernel"] + file[f"CRD/{role}_bias"]
@@ -69,7 +65,6 @@ def test_memories_after_a_step_are_those_of_the_original(file):
         assert agrees(after, file[f"CRD/memory_{role}_after"])
 
 
-@needs_file
 def test_normalisers_are_the_mean_of_the_first_scores(file):
     """As the original sets them: of student and teacher, before it divides by them."""
     got = []
@@ -107,10 +102,9 @@ print(json.dumps([name, answers]))
 
 
 @pytest.mark.slow
-@needs_file
 @pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_values_and_gradients_on_other_backends(backend, tmp_path, file):
-    for path in (ROOT / "reference" / "methods.py", ROOT / "tests" / "method_cases.py"):
+    for path in (ROOT / "reference" / "methods.py", ROOT / "tests" / "method_cases.py", FILE):
         shutil.copy(path, tmp_path)
     name, answers = json.loads(on_a_backend(backend, ON_ANOTHER_BACKEND, tmp_path))
     assert name == backend and set(answers) == set(NAMES)
@@ -461,6 +455,25 @@ def test_logits_of_a_thousand_stay_finite_and_agree(name):
         log_p, log_q = (scipy.special.log_softmax(z, axis=-1) for z in (t, s))
         kl = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
         assert value == pytest.approx((16 if name == "kd" else 1) * kl, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ttm", "wttm"])
+def test_a_class_that_the_teacher_excludes_contributes_nothing(name):
+    teacher, student = drawn((8, 10), (8, 10))
+    teacher[:, 3] = -np.inf
+    value, (gradient,) = value_and_gradients(
+        lambda t, s: LOGITS[name][0](teacher=t[0], student=s[0]), [teacher], [student])
+    with np.errstate(invalid="ignore"):
+        kept = [np.delete(each, 3, axis=1) for each in (
+            scipy.special.log_softmax(each, axis=-1) for each in (teacher / 4, student))]
+    kl = (np.exp(kept[0]) * (kept[0] - kept[1])).sum(-1)
+    share = (scipy.special.softmax(teacher, axis=-1) ** 0.25).sum(-1) if name == "wttm" else 1
+    assert np.isfinite(gradient).all() and value == pytest.approx((share * kl).mean(), rel=1e-5)
+
+
+def test_fsp_needs_two_stages():
+    with pytest.raises(ValueError, match="name at least two layers"):
+        methods.fsp(teacher=[np.ones((2, 4, 4, 3))], student=[np.ones((2, 4, 4, 3))])
 
 
 def test_dkd_at_a_thousand_agrees_with_logarithms():

@@ -41,7 +41,8 @@ def test_whole_batches_in_each_process_go_unnoticed():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax"), reason="needs JAX beside TensorFlow")
-def test_a_dataset_is_split():
+def test_a_dataset_that_keras_splits_gives_the_same_weights():
+    """Which process reads which image can't be counted in a pipeline of TensorFlow's."""
     apart, _, _ = difference("dataset", sys.executable)
     assert max(apart) < 1e-6
 

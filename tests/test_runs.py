@@ -771,13 +771,16 @@ def test_code_is_read_before_its_file_is_edited(tmp_path):
 
 def test_the_code_of_own_layers_is_part_of_an_architecture():
     def made(factor):
-        class Own(keras.layers.Layer):
+        class Base(keras.layers.Layer):
             if factor == 2:
                 def call(self, x, training=None):
                     return 2 * x if training else x
             else:
                 def call(self, x, training=None):
                     return 3 * x if training else x
+
+        class Own(Base):  # what it inherits counts, too
+            pass
 
         return keras.Sequential([keras.Input((4,)), Own(name="own"), keras.layers.Dense(2)])
 

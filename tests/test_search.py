@@ -109,6 +109,14 @@ def test_a_trial_that_diverges_does_not_stop_the_search(monkeypatch):
     assert len(study.trials) == 4 and all(trial.state.is_finished() for trial in study.trials)
 
 
+def test_a_trial_that_was_cut_off_at_once_does_not_stop_the_search(monkeypatch):
+    """A kill between its number and its settings leaves a trial without any."""
+    Fake(monkeypatch)
+    search.Search().study().ask()
+    study = search.run(search.Search(), trials=2)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+
+
 def test_a_database_is_a_url(monkeypatch, tmp_path):
     Fake(monkeypatch)
     study = search.run(search.Search(storage=f"sqlite:///{tmp_path}/study.db"), trials=2)

@@ -277,6 +277,9 @@ def test_kernels_in_the_file_are_those_that_training_rounds_to(files, student):
 def test_a_rounded_student_answers_like_its_file(files, student, digits):
     images = digits.x_test
     made = quantisation.make_rounded(student, bits=8, calibration=digits.x_train[:100])
+    plain = keras.Sequential([keras.Input((32, 32, 3)), keras.layers.Flatten(),
+                              keras.layers.Dense(3, use_bias=False)])
+    quantisation.make_rounded(plain, bits=8, calibration=digits.x_train[:9])(digits.x_train[:2])
     file = shipping.LiteRT(files["int8"])(images)
     simulated, plain = (runs.predict_logits(model, images) for model in (made, student))
     assert np.mean(simulated.argmax(-1) == file.argmax(-1)) > 0.985
