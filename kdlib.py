@@ -297,8 +297,9 @@ def check_model(role: str, model) -> int | None:
     asked = (model.get_build_config() or {}).get("input_shape") or getattr(model, "input", None)
     if asked is None:
         return None  # its first batch will tell
+    words = any(isinstance(layer, layers.Embedding) for layer in model._flatten_layers())
     noise = keras.tree.map_shape_structure(lambda each: np.random.default_rng(0).uniform(
-        0, 255, [n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
+        0, 0 if words else 255, [n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
     answers = model(noise, training=False)
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
