@@ -325,12 +325,17 @@ def check_images(role: str, model, images):
     return images
 
 
+def _scales(model):  # also of models inside
+    for layer in getattr(model, "layers", ()):
+        scale = isinstance(layer, (layers.Normalization, layers.Rescaling))
+        yield from [layer] if scale else _scales(layer)
+
+
 def _are_raw(model, images):
-    """Whether images, also in a graph, have the scale that the model's own layers expect."""
-    raw = any((isinstance(layer, layers.Normalization)
-               and np.max(ops.convert_to_numpy(layer.mean)) > 1)  # a number, also in JAX's trace
-              or (isinstance(layer, layers.Rescaling) and np.max(layer.scale) < 0.1)
-              for layer in model._flatten_layers())  # also of models inside
+    """Whether images, also in a graph, have the scale that the model's first layer expects."""
+    first = next(_scales(model), None)
+    raw = (np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else first is not None
+           and np.max(ops.convert_to_numpy(first.mean)) > 1)  # a number, also in JAX's trace
     images, *others = keras.tree.flatten(images)
     pixels = len(images.shape) == 4 and 0 not in images.shape and "float" in str(images.dtype)
     if others or not raw or not pixels:
@@ -342,12 +347,9 @@ def _guarded(method):
     @functools.wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        callbacks, split = call.arguments.get("callbacks"), self._split(call.arguments.get("x"))
-        images, stored = (ops.convert_to_numpy(part[:64]) if hasattr(part, "__array__") else part
-                          for part in split)
-        check_images("student", self.student, images)
-        require(not isinstance(stored, np.ndarray) or not _are_probabilities(stored),
-                "teacher_logits are probabilities. Store what comes before the softmax, or np.log.")
+        images, callbacks = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
+        if hasattr(images, "__array__"):  # others show themselves batch by batch
+            check_images("student", self.student, ops.convert_to_numpy(images[:64]))
         if not isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit has ours
             look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
             call.arguments["callbacks"] = [look, *keras.tree.flatten(callbacks or [])]
@@ -362,8 +364,9 @@ def _look(batch, logs):
             "training has diverged. Lower the learning rate.", FloatingPointError)
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
             "unknown, or a sample_weight is not finite.")
-    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity or "
-            "probabilities, or the teacher got images that are not raw pixels.")
+    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
+            "probabilities (store what comes before the softmax, or np.log), or the teacher got "
+            "images that are not raw pixels.")
 
 
 # --- distiller ------------------------------------------------------------------------
@@ -458,8 +461,8 @@ class Distiller(keras.Model):
         for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
             loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
-        loss = self.alpha * hard + (1 - self.alpha) * ops.where(sound, soft, 0.0)
-        loss = ops.where(raw, loss + sum(map(ops.sum, self.losses)), 0.0)
+        loss = self.alpha * hard + (1 - self.alpha) * soft + sum(map(ops.sum, self.losses))
+        loss = ops.where(raw & sound & valid, loss, 0.0)
         strategy = getattr(self, "distribute_strategy", None)  # replicas' gradients are summed
         return loss / (strategy.num_replicas_in_sync if strategy else 1)
 
