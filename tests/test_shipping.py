@@ -19,6 +19,7 @@ import pytest
 import scipy.special
 import tensorflow as tf
 from conftest import CIFAR10, ROOT
+from test_claims import COMPARES, sentences
 from test_distiller import tiny
 from test_exercises import checking_cell, do, exercises  # noqa: F401
 from test_notebooks import cells, outputs, source, text_of
@@ -509,6 +510,10 @@ def choice(teaches):
     return rows[rows.method == f"aware-{teaches}"].set_index("learning_rate").val_accuracy
 
 
+def calibrated(images):
+    return float(printed(rf"{images} +accuracy ([\d.]+)%")[0])
+
+
 def cut_off():
     """The smallest probability of a class whose logit int8 can't say, before and after."""
     largest = float(printed(r"in Keras [\d.]+, largest that int8 can say ([\d.]+)")[0])
@@ -597,6 +602,21 @@ CLAIMS = {
     "Keras and a SavedModel bring TensorFlow along, and that is most of it":
         lambda: SHIPPING[SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.min()
         > 5 * SHIPPING[~SHIPPING.format.isin(["keras", "saved_model"])].peak_mib.max(),
+    "**You should see** that float32 and float16 agree everywhere or nearly so":
+        lambda: all(float(alike) >= 99.8 for alike in printed(
+            r"float(?:32|16) +[\d.]+% +([\d.]+)% ")),
+    "**You should see** that 8 bits move each model far to the left, and hardly down":
+        lambda: all(
+            shipped(each, "litert-float32")[column] > 3 * shipped(each, "litert-int8")[column]
+            for each in ("teacher", "distilled", "scratch") for column in ("latency_ms", "kib")),
+    "**You should see** differences of nearly 0":
+        lambda: all(float(gap) < 0.001 for gap in printed(r"KiB, largest difference ([\d.]+)")),
+    "One real image is far better, and 200 are enough":
+        lambda: calibrated("training images: 1") > 7 * calibrated("random, 0 or 1")
+        and shipped("distilled", "litert-float32").accuracy - shipped(
+            "distilled", "litert-int8").accuracy < 0.003,
+    "**Calibrating on test images** gives about the same accuracy here":
+        lambda: abs(calibrated("test images: 200") - calibrated("training images: 200")) < 0.5,
     "int8-weights gives another answer to 4 of the 1,000 images, and int8 to 17, while the "
     "number of right answers falls by 3 and by 2":
         lambda: [(round(10 * (90 - float(right))), round(10 * (100 - float(alike))))
@@ -654,6 +674,35 @@ CLAIMS = {
     "99 - 42 is 57 KiB":
         lambda: round(shipped("distilled", "litert-int8").kib) - round(86_456 / 2 / 1024) == 57,
 }
+
+
+NOT_MEASURED = {
+    "still gives the same answers": "what is learned here", "less than a minute": "test_strict",
+    "They differ in how weights": "a definition", "that are nearly the same": "the claim after it",
+    "The number looks worse than it is": "the claim before it", "On a shared machine": "advice",
+    "The same measurement for the teacher": "what it is", "Left is faster": "how to read it",
+    "has the gain over all pairs": "a link", "**Compare two more points.**": "a heading",
+    "The same check, on ten images": "what it is", "any that the random": "how it works",
+    "Training images cost nothing": "advice", "there is little to win": "the figure below",
+    "half the size of 8 bits": "arithmetic", "Its slope is zero almost": "arithmetic",
+    "that training helps": "says what isn't shown", "for three more epochs, on": "what was done",
+    "the one that was best for *it*": "a test of its own", "may help any student": "a possibility",
+    "what rounding the weights costs, and": "a legend", "the same student as published": "a legend",
+    "8 bits leave little to win back": "the claim after it", "Train only where": "advice",
+    "rounding alone costs between": "a claim above", "Rounding to 4 bits costs": "a claim above",
+    "Hard labels did that better": "a claim above",
+    "have the same latency, and what": "a question", "Yes: ten images lose": "test_10_2",
+    "agrees with Keras more often": "test_10_2", "can only widen the ranges": "arithmetic",
+    "They are the same network": "what they are", "can't be paid back by faster": "arithmetic",
+    "are a first guess": "says what isn't known", "may turn the answer round": "a possibility",
+}
+
+
+def test_every_comparison_is_a_claim():
+    compared = [each for each in sentences("notebooks/10_shipping.ipynb") if COMPARES.search(each)]
+    assert [each for each in compared if not any(
+        part in each or each in part for part in (*CLAIMS, *NOT_MEASURED))] == []
+    assert [part for part in NOT_MEASURED if not any(part in each for each in compared)] == []
 
 
 @pytest.mark.parametrize("sentence", CLAIMS)
