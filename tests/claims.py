@@ -136,6 +136,13 @@ def floored(length, floor=None):
     return found.mean() - half, found.mean() + half
 
 
+def horses():
+    """1, 0 or -1 for each test image of a horse: distilled minus scratch, a row for each pair."""
+    number = cifar10().class_names.index("horse")
+    right = np.array([answers == number for answers in animals_for_animals()["horse"]], int)
+    return right[:len(right) // 2] - right[len(right) // 2:]
+
+
 @functools.cache
 def digits():
     return kdlib.load_dataset("digits")
@@ -429,6 +436,8 @@ CLAIMS = {"README.md": {
     "after truck and automobile comes the ship, ahead of every animal":
         lambda: teacher_logits()[IMAGE].argsort()[::-1][:3].tolist() == [9, 1, 8],
     "At T = 1 most labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
+    "At its cold end most labels say little more than the top answer":
+        lambda: np.median(entropies(0.5)) < 0.01 and np.mean(np.array(entropies(0.5)) < 0.1) > 0.8,
     "At high T they are nearly flat": lambda: np.median(entropies(64)) > 0.99 * np.log(10),
     "a correlation of about 0.7 and the same favourite in six classes of ten":
         lambda: 0.65 < printed(NOTEBOOK_3, r"over 90 cells: ([\d.]+)")[0][0] < 0.75
@@ -472,7 +481,10 @@ CLAIMS = {"README.md": {
     "**You should see** both losses fall":
         lambda: all(losses[-1] < losses[0] for losses in map(
             history("cifar10-distilled-seed0").get, ("distillation_loss", "student_loss"))),
-    "Nearly as good: 94.2 % on digits, against 94.9 % with labels":
+    "(Five seeds with labels range from 93.7 to 95.8 %, so the gap may be luck.)":
+        lambda: [round(end(points("distilled", "digits")), 1) for end in (min, max)]
+        == [93.7, 95.8],
+    "About as good: 94.2 % on digits, against 94.9 % with labels, one run each":
         lambda: 0 < points("distilled", "digits")[0] - 100 * TABLE[
             TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.8,
 }, NOTEBOOK_5: {
@@ -497,9 +509,11 @@ CLAIMS = {"README.md": {
     "**You should see** ten different answers":
         lambda: len(set(sum((printed(NOTEBOOK_5, rf"{method} " + 5 * r" +([\d.]+)")[-1]
                              for method in ("distilled", "scratch")), ()))) == 10,
-    "their gains lie between 0.38 and 0.81, and a single pair needs 0.57":
-        lambda: [round(end(gains()), 2) for end in (min, max)] == [0.38, 0.81] and round(
-            1.96 * printed(NOTEBOOK_5, r"standard error ([\d.]+)")[0][0], 2) == 0.57,
+    "A single pair needs a gain of 0.57 points (1.96 times its standard error)":
+        lambda: round(1.96 * printed(NOTEBOOK_5, r"standard error ([\d.]+)")[0][0], 2) == 0.57,
+    "The five gains lie between 0.38 and 0.81, so some pairs would have said yes by themselves":
+        lambda: [round(end(gains()), 2) for end in (min, max)] == [0.38, 0.81]
+        and len(gains()) == 5,
     "**You should see** a wider interval that is still above zero":
         lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0] > (0,)
         and np.ptp(printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0])
@@ -554,10 +568,10 @@ CLAIMS = {"README.md": {
         lambda: map_gains().loc[4:, :0.5].stack().idxmin() == (16.0, 0.0),
     "a very poor rate costs far more than a poor T or alpha":
         lambda: rates()["1e-2"] - rates()["1e-3"] > 3 * np.ptp(map_gains()),
-    "the student loses 14 points, six times the spread of the whole map":
+    "the student loses 14 points, six times the distance from the worst to the best of the map":
         lambda: round(rates()["1e-2"] - rates()["1e-3"]) == 14
         and 5.5 < (rates()["1e-2"] - rates()["1e-3"]) / np.ptp(map_gains()) < 6.5,
-    "From 1e-2 to 1e-1 it hardly matters: 0.6 points":
+    "From 1e-2 to 1e-1 it gains 0.6 points":
         lambda: round(rates()["1e-1"] - rates()["1e-2"], 1) == 0.6,
     "1e-1, is the largest one that we tried": lambda: rates().idxmax() == "1e-1",
     "Its lead over 0.02 is far smaller than the noise":
@@ -596,8 +610,9 @@ CLAIMS = {"README.md": {
         lambda: {line: forward > backward for line, forward, backward in (
             (each, *printed(NOTEBOOK_7, rf"{each} +([\d.]+) +([\d.]+)")[0])
             for each in ("all alike", "picks one"))} == {"all alike": False, "picks one": True},
-    "They meet where it is easiest, at answers that are nearly even":
-        lambda: printed(NOTEBOOK_7, r"accuracy of the student: (\d+)%")[0][0] < 30,
+    "They agree, but on answers that are hardly better than chance":
+        lambda: printed(NOTEBOOK_7, r"accuracy of the student: (\d+)%")[0][0] < 20
+        and printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0][1] < 20,
     "The loss falls beautifully, because the teacher unlearns":
         lambda: np.subtract(*printed(NOTEBOOK_7, r"first step ([\d.]+), last ([\d.]+)")[0]) > 0
         and np.subtract(*printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0]) > 30,
@@ -617,7 +632,7 @@ CLAIMS = {"README.md": {
                                   gains()).pvalue < 0.01,
     "In pair 0 the distilled student needs 6 of 10 epochs, 14 of 20, 28 of 40 and 83 of 100":
         lambda: [round(float(needed(epochs))) for epochs in (10, 20, 40, 100)] == [6, 14, 28, 83],
-    "That is a speed-up, and it shrinks":
+    "In this one pair it gets smaller":
         lambda: (np.diff([needed(epochs) / epochs for epochs in (10, 20, 40, 100)]) > 0).all(),
     "Their gains spread by 0.16 points, less than the floor":
         lambda: round(gains().std(), 2) == 0.16,
@@ -649,7 +664,7 @@ CLAIMS = {"README.md": {
     "after Holm's correction neither is significant":
         lambda: min(90 * scipy.stats.ttest_1samp(cell_changes(*each), 0).pvalue
                     for each in (("dog", "cat"), ("horse", "dog"))) > 0.05,
-    "from T = 2 on the error is two to two and a half times as large":
+    "from T = 2 on the error is two to 2.6 times as large":
         lambda: all(1.95 < error / calibration_errors()["scratch"] < 2.65
                     for name, error in calibration_errors().items()
                     if name not in ("T = 1", "scratch")),
@@ -681,8 +696,12 @@ CLAIMS = {"README.md": {
     "The gain was large after few epochs":
         lambda: gains("distilled-5-epochs", "scratch-5-epochs").min() > 1.5
         and gains("distilled-5-epochs-10-percent", "scratch-5-epochs-10-percent").min() > 8,
-    "the student from scratch was better than the distilled one of 20 epochs, and cost less":
-        lambda: patience().max() < 0 and printed(NOTEBOOK_8, r"; in all (\d+)")[0][0] > 110,
+    "was better than the distilled one of 20 epochs in all three pairs, though after the "
+    "correction this is open":
+        lambda: patience().max() < 0 and len(patience()) == 3
+        and re.search(r"time counted .* open\n", printed_text(NOTEBOOK_8)),
+    "It cost less than teacher, answers and student together":
+        lambda: printed(NOTEBOOK_8, r"; in all (\d+)")[0][0] > 110,
     "Softness alone doesn't give the gain after 5 epochs":
         lambda: control("smoothing").mean()
         < gains("distilled-5-epochs", "scratch-5-epochs").min() / 2,
@@ -728,7 +747,10 @@ CLAIMS = {"README.md": {
     "about 1.3 points, because there are only 447 test images":
         lambda: (only := digits_gain(0)) is not None
         and round(100 * only.std() / len(only) ** 0.5, 1) == 1.3,
-    "| classes | horse gains | 3 gains |":
+    "A class has 1,000 test images, and their luck is larger than that spread":
+        lambda: (horse := horses()).mean(axis=1).std(ddof=1) < (
+            horse.std(axis=1) / horse.shape[1] ** 0.5).mean(),
+    "| classes | horse gains (over the seeds) | 3 gains |":
         lambda: np.flatnonzero(evidence.holm(scipy.stats.ttest_1samp(
             [[digits_gain(seed)[digits().y_test == c].mean() for c in range(10)]
              for seed in range(5)], 0).pvalue) < 0.05).tolist() == [3],
@@ -876,7 +898,9 @@ NOT_MEASURED = {"README.md": {
     "makes more mistakes": "claims of 05", "see the same image": "how it works",
     "trains the same student without a teacher": "what comes",
     "is partly the luckiest": "a fact about maxima", "says more about an image": "an example",
-    "draws the same share": "the output beside it", "It's the habit that matters": "advice",
+    "draws the same share": "the output beside it",
+    "the test isn't quite fair any more": "an explanation",
+    "Here the difference is tiny, but": "a claim above",
     "it's the same for every model": "the data are the same",
     "The label stays the same": "how it works", "*the same views in the same order*": "test_runs",
     "trains almost as fast": "benchmark.csv, distill_over_scratch_epoch",
@@ -887,7 +911,8 @@ NOT_MEASURED = {"README.md": {
 }, NOTEBOOK_2: {
     "halve the picture": "how it works", "half as high": "the output beside it",
     "show them twice": "how it works", "between 30 and 45 %": "depends on the processor",
-    "differs from this one in four ways": "a list", "at the same pace": "how Muon works",
+    "differs from this one mainly in four ways": "a list",
+    "These miniatures are smaller than": "the cell above", "at the same pace": "how Muon works",
     "falls to zero along a cosine": "test_runs", "shrinks the kernels a little": "how it works",
     "in the same way, with the two": "how it works",
     "bit for bit on the same machine": "test_runs",
@@ -901,7 +926,7 @@ NOT_MEASURED = {"README.md": {
     "differences shrink": "arithmetic", "differ by at most 0.25": "arithmetic",
     "hesitates most": "how they are chosen", "hardly anything else": "an example",
     "most images are not like that": "a heading", "A higher temperature": "arithmetic",
-    "no more than the top answer": "a limit", "look the same to the eye": "a limit",
+    "the zeros give nothing": "test_exercises", "look the same to the eye": "a limit",
     "We average": "how it is done", "gets the most:": "the output below",
     "show the same thing": "the six of ten above", "The image is the same": "how it is made",
     "it is nearly flat": "the claim above", "which classes are alike": "the claim above",
@@ -909,6 +934,8 @@ NOT_MEASURED = {"README.md": {
     "by the same positive number": "arithmetic", "What differs on digits": "of other data",
     "| one to four |": "of other data",
 }, NOTEBOOK_4: {
+    "The hard labels enter at T = 1": "a definition", "T decides which differences cost": "step 2",
+    "At a large T all logits count alike": "step 2", "makes a smaller step": "arithmetic",
     "is the same formula": "test_notebooks", "narrower and shallower": "the table beside it",
     "the teacher sees more": "arithmetic", "for two reasons": "the steps below",
     "keeps the pull of the soft labels about level": "the claims above",
@@ -943,7 +970,8 @@ NOT_MEASURED = {"README.md": {
     "shrinks like 1/T²": "04", "within a factor of about three here": "04",
     "larger than the usual 1.96": "a table of t", "(08 has more on the last)": "a link",
     "fewer pairs are needed": "arithmetic", "| batches, in the same order |": "the cell below",
-    "might change the gain": "a possibility", "the spread of the n gains": "a definition",
+    "might change the gain": "a possibility", "standard deviation of the n gains": "a definition",
+    "so the next cell shrinks": "how it is done", "For larger images": "advice",
     "if the gains were normally distributed": "a definition",
     "computes the mean gain": "how it is done", "Five pairs are enough": "the p-value above",
     "Which student wins": "a question", "wins in four pairs of five": "test_exercises",
@@ -959,11 +987,14 @@ NOT_MEASURED = {"README.md": {
     "In 95 % of the draws": "how it is done", "After twenty the best cell": "says what is open",
     "with this same setting": "how it was", "the best cell by test accuracy": "a question",
     "At T = 2, because": "test_exercises", "only at alpha = 0": "arithmetic",
-    "factor T² may be a reason": "04",
+    "may be due to the factor T²": "04",
     "The best of many noisy numbers is too good": "test_exercises",
     "may well win with another seed": "a possibility",
     "The colours no longer help": "how to read it",
 }, NOTEBOOK_7: {
+    "more than nine answers in ten are right": "the figure above",
+    "ends almost where it would": "the figure above",
+    "Only the first epochs are": "the figure above",
     "The five worst": "their order is a choice", "Most of these mistakes": "the links beside them",
     "divided by 4 they hardly differ": "arithmetic", "give the same answers": "a test to write",
     "cut to almost 0": "Keras's source", "as [somebody once": "cited",
@@ -974,7 +1005,7 @@ NOT_MEASURED = {"README.md": {
     "a smaller loss than a random one": "a test to write",
     "gives all three the same": "an example", "minds that less": "the output above",
     "compares the student with itself": "how it happens", "### 13": "a title",
-    "is the larger one": "test_distiller", "came out worse than scratch": "cited",
+    "is the larger one": "test_distiller", "came out ahead of distillation": "the link beside it",
     "is the same, bit for bit": "05 checks it", "knows nothing any more": "the output above",
     "### 18": "a title", "### 19": "a title", "shows the same with Muon": "06",
     "reaches what is known": "a test to write",
@@ -988,6 +1019,9 @@ NOT_MEASURED = {"README.md": {
     "| augmentation for one |": "the text above", "| best epoch on test |": "the text above",
     "| distiller saved |": "the text above", "| the kernel dies |": "the text above",
 }, NOTEBOOK_8: {
+    "No corrected value may be": "a definition", "The line above the figure sums": "a legend",
+    "too close for the number to mean": "the intervals above",
+    "| classes | horse gains (over the seeds)": "a claim", "| 3 gains |": "a claim",
     "Two students that are equally good": "arithmetic",
     "we never take the spread to be smaller": "a rule",
     "a longer training makes the gain smaller": "a story",
