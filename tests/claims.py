@@ -128,12 +128,11 @@ def needed(epochs):
     return np.exp(np.interp(alone, reached, np.log(list(lengths))))
 
 
-def floored(length, floor=None):
-    """Interval of the mean gain after so many epochs; the spread is at least the floor."""
+def floored(length, floor=IMAGES_ALONE):
+    """What is known of the mean gain after so many epochs; pairs spread by the floor at least."""
     found = gains(f"distilled{length}", f"scratch{length}")
-    error = max(found.std(), floor or IMAGES_ALONE) / len(found) ** 0.5
-    half = scipy.stats.t.ppf(0.975, len(found) - 1) * error
-    return found.mean() - half, found.mean() + half
+    error = max(found.std(), floor) / len(found) ** 0.5
+    return scipy.stats.t(len(found) - 1, found.mean(), error)
 
 
 def horses():
@@ -167,13 +166,6 @@ def alike_on(method, part):
     taught = logits_of("teacher", 0, "digits")[part].argmax(-1)
     return np.mean([logits_of(method, seed, "digits")[part].argmax(-1) == taught
                     for seed in range(5)])
-
-
-def p_of_5_epochs(floor):
-    """For a true gain of zero, three pairs."""
-    found = gains("distilled-5-epochs", "scratch-5-epochs")
-    error = max(found.std(), floor) / len(found) ** 0.5
-    return 2 * scipy.stats.t.sf(found.mean() / error, len(found) - 1)
 
 
 def overconfidence():
@@ -387,7 +379,7 @@ CLAIMS = {"README.md": {
     "**After 5 epochs** the distilled students reach 85.68 %, those from scratch 83.94 %":
         lambda: [points(f"{student}-5-epochs").round(2).mean().round(2)
                  for student in ("distilled", "scratch")] == [85.68, 83.94]
-        and floored("-5-epochs")[0] > 0,
+        and floored("-5-epochs").ppf(0.025) > 0,
     "one pair, and within the noise":
         lambda: len(gains("distilled-100-epochs", "scratch-100-epochs")) == 1 and np.abs(
             gains("distilled-100-epochs", "scratch-100-epochs")).max() < 1.96 * IMAGES_ALONE,
@@ -637,7 +629,7 @@ CLAIMS = {"README.md": {
     "Their gains spread by 0.16 points, less than the floor":
         lambda: round(gains().std(), 2) == 0.16,
     "With the floor, their interval would be 0.26 to 0.96":
-        lambda: np.round(floored(""), 2).tolist() == [0.26, 0.96],
+        lambda: np.round(floored("").interval(0.95), 2).tolist() == [0.26, 0.96],
     "the teacher's likeliest class alone, with the rest spread evenly, gives about 0.6 points":
         lambda: 0.55 < control("top1").mean() < 0.65
         and control("top1").mean() < scipy.stats.t.ppf(0.975, 2) * IMAGES_ALONE / 3**0.5,
@@ -681,7 +673,8 @@ CLAIMS = {"README.md": {
         lambda: re.findall(r" (yes|no|open|one pair)\n", printed_text(NOTEBOOK_8))
         == ["yes", "one pair", "yes", "one pair", "one pair", "open"] + 4 * ["one pair"],
     "With 0.31 points in place of 0.28 it would be open, though all three gains are above 1.6":
-        lambda: 0.04 < 5 * p_of_5_epochs(0.28) < 0.05 < 5 * p_of_5_epochs(0.31)
+        lambda: 0.04 < 10 * floored("-5-epochs").cdf(0) < 0.05  # five times two sides
+        < 10 * floored("-5-epochs", 0.31).cdf(0)
         and gains("distilled-5-epochs", "scratch-5-epochs").min() > 1.6,
     "Where few labels are known its gain is so large that seeds can hardly matter, and after 40 "
     "and 100 epochs so small":

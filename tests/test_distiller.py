@@ -724,9 +724,19 @@ def test_stored_answers_are_split_with_their_images():
 # --- one mechanism, every door ---
 
 
-@pytest.mark.slow
 def batches_of(x, y=LABELS, size=16):
     return tf.data.Dataset.from_tensor_slices((x, y)).batch(size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", [
+    lambda made, x: made.predict(x, verbose=0),
+    lambda made, x: made.fit(batches_of(x, size=8), shuffle=False, verbose=0)])
+def test_images_of_another_size_at_other_doors(door):
+    made = distiller()
+    door(made, IMAGES)
+    with pytest.raises(ValueError, match="images have shape .* but the student takes"):
+        door(made, IMAGES[:, :28, :28])
 
 
 @pytest.mark.parametrize("scale", [lambda x: x / 255, lambda x: (x - 127) / 64],
