@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
-IMAGES, BATCH, EPOCHS, RATE = 320, 32, 1, 0.01
+IMAGES, BATCH, EPOCHS, RATE, MOMENTUM = 320, 32, 1, 0.01, 0.9
 
 
 def data():
@@ -66,7 +66,7 @@ def distiller(*, synchronized=False):
     made.set_weights([w if w.ndim < 2 else rng.normal(0, np.sqrt(2 / np.prod(w.shape[:-1])),
                                                      w.shape) for w in made.get_weights()])
     made = kdlib.Distiller(student=made, teacher=None, temperature=4.0)
-    made.compile(keras.optimizers.SGD(RATE, momentum=0.9))
+    made.compile(keras.optimizers.SGD(RATE, momentum=MOMENTUM))
     return made
 
 
@@ -192,15 +192,17 @@ def workers_loop(place):
     strategy = workers(place)
     with strategy.scope():
         made = distiller()
-    variables = made.student.trainable_variables
+        variables = made.student.trainable_variables
+        speeds = [tf.Variable(tf.zeros_like(variable.value)) for variable in variables]
 
     def replica(x, y):
         with tf.GradientTape() as tape:
             loss = made.compute_loss(x, y, made(x, training=True))
         context = tf.distribute.get_replica_context()
         found = context.all_reduce("SUM", tape.gradient(loss, [v.value for v in variables]))
-        for variable, gradient in zip(variables, found, strict=True):
-            variable.value.assign_sub(RATE * gradient)
+        for variable, speed, gradient in zip(variables, speeds, found, strict=True):
+            speed.assign(MOMENTUM * speed - RATE * gradient)
+            variable.value.assign_add(speed)
 
     @tf.function
     def step(x, y):

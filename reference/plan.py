@@ -82,18 +82,17 @@ class _Name:
     name: str  # all that recipe_for asks of a dataset
 
 
-PAIRS = (0, 1, 2, 3, 4)
-TRIPLE = (0, 1, 2)
+SIX = (0, 1, 2, 3, 4, 5)  # the pairs of notebook 05
+PAIRS = SIX[:5]
+TRIPLE = SIX[:3]
+OWN = "teacher-seed{seed}"  # a teacher for each pair
 FIVE, TEN = {"epochs": 5}, {"epochs": 10}
 
 
 def _published() -> list[Experiment]:
     """The rows behind notebooks 02 to 08."""
     one = "teacher-seed0"
-    table = [
-        Experiment("teacher", weights=True),
-        Experiment("scratch", PAIRS, weights=True),
-        Experiment("distilled", PAIRS, teacher=one, weights=True),
+    table = _pairs() + [
         # how long?
         Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
         Experiment("scratch-10-epochs", recipe=TEN),
@@ -124,6 +123,16 @@ def _published() -> list[Experiment]:
     return table + [replace(each, dataset="digits") for each in _digits()]
 
 
+def _pairs() -> list[Experiment]:
+    """Part B of PROTOCOL.md: pair k has teacher k and seed k.
+
+    Those of one teacher came before it. quantisation.py trains them on.
+    """
+    return [Experiment("teacher", SIX, weights=True), Experiment("scratch", SIX, weights=True),
+            Experiment("distilled", SIX, teacher=OWN, weights=True),
+            Experiment("distilled-one-teacher", PAIRS, teacher="teacher-seed0", weights=True)]
+
+
 def _map(epochs: int) -> list[Experiment]:
     """Students over temperature and alpha, and over the learning rate."""
     name, one, length = f"distilled-{epochs}-epochs", "teacher-seed0", {"epochs": epochs}
@@ -138,10 +147,7 @@ def _map(epochs: int) -> list[Experiment]:
 
 def _digits() -> list[Experiment]:
     one = "teacher-seed0"
-    table = [
-        Experiment("teacher", weights=True),
-        Experiment("scratch", PAIRS, weights=True),
-        Experiment("distilled", PAIRS, teacher=one, weights=True),
+    table = _pairs() + [
         Experiment("distilled-no-labels", teacher=one, alpha=0.0, weights=True),
         Experiment("scratch-sgd", weights=True,
                    recipe={"optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 5e-3}),
@@ -206,23 +212,16 @@ def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> ker
 
 
 def _evidence() -> list[Experiment]:
-    """Parts B to G of PROTOCOL.md.
-
-    The students of part B take the name and place of those of one teacher when all are there.
-    """
-    own = "teacher-seed{seed}"
-    six = " ".join(f"teacher-seed{k}" for k in range(6))
-    table = [  # B, C
-        Experiment("teacher", (1, 2, 3, 4, 5), weights=True),
-        Experiment("scratch", (5,), weights=True),
-        Experiment("distilled-own", (*PAIRS, 5), teacher=own, weights=True),
-        Experiment("distilled-smoothed", PAIRS, teacher=own, control="smoothed"),
-        Experiment("distilled-evened", PAIRS, teacher=own, control="evened"),
-        Experiment("distilled-shuffled", PAIRS, teacher=own, control="shuffled"),
-        Experiment("distilled-levelled", PAIRS, teacher=own, control="levelled"),
+    """Parts C to G of PROTOCOL.md."""
+    six = " ".join(f"teacher-seed{k}" for k in SIX)
+    table = [  # C
+        Experiment("distilled-smoothed", PAIRS, teacher=OWN, control="smoothed"),
+        Experiment("distilled-evened", PAIRS, teacher=OWN, control="evened"),
+        Experiment("distilled-shuffled", PAIRS, teacher=OWN, control="shuffled"),
+        Experiment("distilled-levelled", PAIRS, teacher=OWN, control="levelled"),
         Experiment("distilled-twin", PAIRS, teacher="scratch-seed{next}"),
         # D: better teachers, and worse ones
-        Experiment("distilled-mirrored", PAIRS, teacher=own, signal="mirrored"),
+        Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
         Experiment("teacher-large", build=large_teacher),
         Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0"),
@@ -233,12 +232,12 @@ def _evidence() -> list[Experiment]:
     ]
     for epochs in (10, 40, 100):  # E; the others of scratch, and seed 0, are published
         name, recipe = f"{epochs}-epochs", {"epochs": epochs}
-        table.append(Experiment(f"distilled-{name}", (1, 2), teacher=own, recipe=recipe))
+        table.append(Experiment(f"distilled-{name}", (1, 2), teacher=OWN, recipe=recipe))
         if epochs < 100:
             table.append(Experiment(f"scratch-{name}", (1, 2), recipe=recipe))
     fresh = {"epochs": 100, "views": 0}
     table += [Experiment("scratch-100-epochs-fresh", TRIPLE, recipe=fresh),
-              Experiment("distilled-100-epochs-fresh", TRIPLE, teacher=own, recipe=fresh)]
+              Experiment("distilled-100-epochs-fresh", TRIPLE, teacher=OWN, recipe=fresh)]
     table.append(Experiment("scratch-45-epochs-10-percent", TRIPLE, labels=10,  # F
                             recipe={"epochs": 45}))
     for percent in (1, 5, 10, 25):
@@ -329,7 +328,7 @@ def _methods() -> list[Experiment]:
         if loss not in TAUGHT or alpha == 1 and features.METHODS[loss].where != "logits":
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
-        each = Experiment(name, PAIRS, teacher="teacher-seed{seed}", loss=loss, alpha=alpha)
+        each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha)
         table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
                       alpha=1.0, factor=10.0, place="misplaced", recipe=FIVE)

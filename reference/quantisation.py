@@ -40,10 +40,11 @@ from kdlib import require
 from keras import layers, ops
 from tqdm.auto import tqdm
 
-COLUMNS = ("dataset method bits runs_on seed epochs temperature alpha learning_rate val_accuracy "
-           "test_accuracy agreement kib seconds machine versions").split()
+COLUMNS = ("dataset method bits runs_on student seed epochs temperature alpha learning_rate "
+           "val_accuracy test_accuracy agreement kib seconds machine versions").split()
 MEASURED = dict.fromkeys(("val_accuracy", "test_accuracy", "agreement"), 4)  # decimals
 SEEDS = (0, 1, 2)
+BEGINS = "distilled-one-teacher"
 EPOCHS = 3
 RATES = (0.0003, 0.001, 0.003)
 CHOSEN = {"distilled": 0.001, "labels": 0.001}  # of RATES
@@ -224,7 +225,8 @@ def measure(arm: Arm, student, dataset, *, answers, recipe, seed: int) -> dict:
             ask, kib = shipping.LiteRT(path), round(shipping.kib(path), 1)
     trained = arm.alpha is not None
     row = {"dataset": dataset.name, "method": arm.method, "bits": arm.bits, "seed": seed,
-           "runs_on": arm.runs_on, "kib": kib, "seconds": round(seconds),
+           "runs_on": arm.runs_on, "student": known_by(student), "kib": kib,
+           "seconds": round(seconds),
            "val_accuracy": np.mean(ask(dataset.x_val).argmax(-1) == dataset.y_val),
            "test_accuracy": None, "agreement": None,
            "epochs": recipe.epochs if trained else 0,
@@ -245,11 +247,22 @@ def published(name: str):
     return keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
 
 
-def missing(table, recipes_and_arms, dataset: str, seeds) -> list[tuple]:
-    keys = ["dataset", "method", "bits", "seed", "epochs", "learning_rate"]
+def begins_with(dataset: str, seed: int):
+    """The published student that a row begins with; rates are tried on another one."""
+    return published(f"{dataset}-{BEGINS}-seed{3 if seed >= 100 else seed}")
+
+
+def known_by(student) -> str:
+    """What the column student says: the beginning of a digest of network and weights."""
+    return fingerprints.model_digest(student)[:12]
+
+
+def missing(table, recipes_and_arms, dataset: str, students: dict[int, str]) -> list[tuple]:
+    """The arms that the table lacks; students: seed and what its student is known by."""
+    keys = ["dataset", "method", "bits", "student", "seed", "epochs", "learning_rate"]
     done = {tuple(row) for row in table[keys].fillna(0).itertuples(index=False)}
-    return [(arm, recipe, seed) for seed in seeds for arm, recipe in recipes_and_arms
-            if (dataset, arm.method, arm.bits, seed, *(
+    return [(arm, recipe, seed) for seed in students for arm, recipe in recipes_and_arms
+            if (dataset, arm.method, arm.bits, students[seed], seed, *(
                 (0, 0) if arm.alpha is None else (recipe.epochs, recipe.learning_rate)))
             not in done]
 
@@ -269,7 +282,10 @@ def main(arguments=None) -> None:
     if options.choose:
         arms = [(arm, replace(recipe, learning_rate=rate)) for rate in RATES
                 for arm, recipe in arms if arm.bits == 4 and arm.alpha is not None]
-    todo = missing(table, arms, dataset.name, (100,) if options.choose else options.seeds)
+    students = {seed: begins_with(dataset.name, seed)
+                for seed in ((100,) if options.choose else options.seeds)}
+    todo = missing(table, arms, dataset.name, {seed: known_by(student)
+                                               for seed, student in students.items()})
     if options.list:
         for arm, recipe, seed in todo:
             print(f"{dataset.name} {arm.method} bits {arm.bits} seed {seed} "
@@ -279,8 +295,8 @@ def main(arguments=None) -> None:
                                    arms[0][1])
     rows = table.to_dict("records")
     for arm, recipe, seed in tqdm(todo, unit="row"):
-        student = published(f"{dataset.name}-distilled-seed{3 if seed >= 100 else seed}")
-        rows.append(measure(arm, student, dataset, answers=answers, recipe=recipe, seed=seed))
+        rows.append(measure(arm, students[seed], dataset, answers=answers, recipe=recipe,
+                            seed=seed))
         made = pd.DataFrame(rows)[COLUMNS].round(MEASURED)
         store.write_whole(options.out, lambda aside, made=made: made.to_csv(aside, index=False))
 

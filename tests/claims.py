@@ -105,19 +105,25 @@ def logits_of(method, seed, dataset="cifar10"):
 
 
 @functools.cache
-def animals_for_animals():
-    """Answers of the ten students to the test images of dogs and horses, by class."""
-    classes, labels = cifar10().class_names, cifar10().y_test
-    return {true: [logits_of(method, seed)["test"][labels == classes.index(true)].argmax(-1)
-                   for method in ("distilled", "scratch") for seed in range(5)]
-            for true in ("dog", "horse")}
+def confusions():
+    """Distilled minus scratch: test images by pair, true class and answer."""
+    y = cifar10().y_test
+    found = {method: np.array([np.histogram2d(y, logits_of(method, seed)["test"].argmax(-1), 10)[0]
+                               for seed in range(6)]) for method in ("distilled", "scratch")}
+    return (found["distilled"] - found["scratch"]).astype(int)
 
 
 def cell_changes(true, answer):
     """A cell of Figure 8.4 in each pair, counted from the published models."""
-    number = cifar10().class_names.index(answer)
-    counts = [np.sum(answers == number) for answers in animals_for_animals()[true]]
-    return np.subtract(counts[:5], counts[5:])
+    return confusions()[:, cifar10().class_names.index(true), cifar10().class_names.index(answer)]
+
+
+def corrected_cells():
+    """p of each mistake, corrected for 90 of them."""
+    names = cifar10().class_names
+    cells = [(true, answer) for true in names for answer in names if true != answer]
+    p = [scipy.stats.ttest_1samp(cell_changes(*cell), 0).pvalue for cell in cells]
+    return dict(zip(cells, evidence.holm(np.nan_to_num(p, nan=1)), strict=True))
 
 
 def needed(epochs):
@@ -135,11 +141,20 @@ def floored(length, floor=IMAGES_ALONE):
     return scipy.stats.t(len(found) - 1, found.mean(), error)
 
 
-def horses():
-    """1, 0 or -1 for each test image of a horse: distilled minus scratch, a row for each pair."""
-    number = cifar10().class_names.index("horse")
-    right = np.array([answers == number for answers in animals_for_animals()["horse"]], int)
-    return right[:len(right) // 2] - right[len(right) // 2:]
+def class_changes(name):
+    """1, 0 or -1 for each test image of a class: distilled minus scratch, a row for each pair."""
+    number = cifar10().class_names.index(name)
+    right = {method: np.array([logits_of(method, seed)["test"][cifar10().y_test == number]
+                               .argmax(-1) == number for seed in range(6)], int)
+             for method in ("distilled", "scratch")}
+    return right["distilled"] - right["scratch"]
+
+
+def sureness(method, dataset="cifar10"):
+    """Probability of the true class of the series' image, by seed."""
+    data, image = (cifar10(), IMAGE) if dataset == "cifar10" else (digits(), 0)
+    return np.array([soft(logits_of(method, seed, dataset)["val"][image], 1)[data.y_val[image]]
+                     for seed in range(6)])
 
 
 @functools.cache
@@ -156,16 +171,21 @@ def digits_gain(seed):
 
 def false_answers(method):
     """Digits: how often each class is a wrong answer, mean over the students."""
-    answers = [logits_of(method, seed, "digits")["test"].argmax(-1) for seed in range(5)]
+    answers = [logits_of(method, seed, "digits")["test"].argmax(-1) for seed in range(6)]
     return np.mean([np.bincount(each[each != digits().y_test], minlength=10) for each in answers],
                    axis=0)
 
 
-def alike_on(method, part):
-    """Digits: share of images with the teacher's answer, mean over the students."""
-    taught = logits_of("teacher", 0, "digits")[part].argmax(-1)
-    return np.mean([logits_of(method, seed, "digits")[part].argmax(-1) == taught
-                    for seed in range(5)])
+def alike_on(method, part, dataset="digits"):
+    """Share of images with the answer of the pair's teacher, mean over the pairs."""
+    return np.mean([logits_of(method, seed, dataset)[part].argmax(-1)
+                    == logits_of("teacher", seed, dataset)[part].argmax(-1)
+                    for seed in range(6)])
+
+
+def more_alike(dataset):
+    """Points by which distilled students agree more often with the teacher, on test images."""
+    return 100 * (alike_on("distilled", "test", dataset) - alike_on("scratch", "test", dataset))
 
 
 def overconfidence():
@@ -184,9 +204,9 @@ def fidelity(method):
 
 
 def picked():
-    """Best epoch minus last, in points of validation accuracy, of the ten students."""
+    """Best epoch minus last, in points of validation accuracy, of all students of notebook 05."""
     curves = [100 * np.array(history(f"cifar10-{method}-seed{seed}")["val_accuracy"])
-              for method in ("scratch", "distilled") for seed in range(5)]
+              for method in ("scratch", "distilled") for seed in range(6)]
     return [curve.max() - curve[-1] for curve in curves]
 
 
@@ -251,7 +271,7 @@ def search_best():
 
 def band():
     """Notebook 11: one setting, five seeds, digits."""
-    return rows("distilled", dataset="digits")[4.0, 0.1]
+    return rows("distilled-one-teacher", dataset="digits")[4.0, 0.1]
 
 
 def map_of_digits():
@@ -335,7 +355,7 @@ def map_gains():
 
 
 def of_pairs(column, dataset="cifar10"):
-    """The five pairs of notebook 05: columns distilled and scratch."""
+    """The pairs of notebook 05: columns distilled and scratch."""
     usual = TABLE[(TABLE.dataset == dataset) & TABLE.method.isin(["scratch", "distilled"])]
     return usual.pivot(index="seed", columns="method", values=column).dropna()
 
@@ -346,8 +366,8 @@ def benchmark(figure):
 
 
 def spread(method, epoch):
-    """Of validation accuracy over the five seeds, in points."""
-    curves = [history(f"cifar10-{method}-seed{seed}")["val_accuracy"] for seed in range(5)]
+    """Of validation accuracy over the seeds, in points."""
+    curves = [history(f"cifar10-{method}-seed{seed}")["val_accuracy"] for seed in range(6)]
     return 100 * np.ptp(np.array(curves)[:, epoch])
 
 
@@ -473,16 +493,17 @@ CLAIMS = {"README.md": {
     "**You should see** both losses fall":
         lambda: all(losses[-1] < losses[0] for losses in map(
             history("cifar10-distilled-seed0").get, ("distillation_loss", "student_loss"))),
-    "(Five seeds with labels range from 93.7 to 95.8 %, so the gap may be luck.)":
-        lambda: [round(end(points("distilled", "digits")), 1) for end in (min, max)]
-        == [93.7, 95.8],
+    "(Six students with labels, of six teachers, lie between 93 and 95 %, so the gap may be luck.)":
+        lambda: points("distilled", "digits").between(93, 95).all()
+        and len(points("distilled", "digits")) == 6,
     "About as good: 94.2 % on digits, against 94.9 % with labels, one run each":
         lambda: 0 < points("distilled", "digits")[0] - 100 * TABLE[
             TABLE.method == "distilled-no-labels"].test_accuracy.item() < 0.8,
 }, NOTEBOOK_5: {
     "As it falls, the bands get narrow":
-        lambda: all(spread(method, 19) < spread(method, epoch) / 2
-                    for method in ("scratch", "distilled") for epoch in (6, 7, 9)),
+        lambda: all(np.mean([spread(method, epoch) for epoch in range(15, 20)])
+                    < np.mean([spread(method, epoch) for epoch in range(5, 10)]) / 2
+                    for method in ("scratch", "distilled")),
     "**You should see** that the distilled students get there in fewer epochs":
         lambda: all(distilled < scratch for _, distilled, scratch in printed(
             NOTEBOOK_5, r"(\d+)% +(\d+) +(\d+)\n")),
@@ -492,47 +513,49 @@ CLAIMS = {"README.md": {
         lambda: all(mean - old > 10 for mean, old in (
             (points("teacher")[0], 76.65), (points("distilled").mean(), 70.75),
             (points("scratch").mean(), 64.6))),
-    "*the gain is a tenth of what it was*":
+    "*the gain is about a tenth of what it was*":
         lambda: 0.08 < gains().mean() / (70.75 - 64.6) < 0.12,
     "disagree with the teacher on almost one image in ten":
-        lambda: 0.09 < 1 - of_pairs("agreement").distilled.mean() < 0.1,
+        lambda: 0.09 < 1 - alike_on("distilled", "test", "cifar10") < 0.1,
     "agreement is only about one point higher than without a teacher":
-        lambda: 0.8 < 100 * np.subtract(*of_pairs("agreement").mean()) < 1.2,
-    "**You should see** ten different answers":
-        lambda: len(set(sum((printed(NOTEBOOK_5, rf"{method} " + 5 * r" +([\d.]+)")[-1]
-                             for method in ("distilled", "scratch")), ()))) == 10,
-    "A single pair needs a gain of 0.57 points (1.96 times its standard error)":
-        lambda: round(1.96 * printed(NOTEBOOK_5, r"standard error ([\d.]+)")[0][0], 2) == 0.57,
-    "The five gains lie between 0.38 and 0.81, so some pairs would have said yes by themselves":
-        lambda: [round(end(gains()), 2) for end in (min, max)] == [0.38, 0.81]
-        and len(gains()) == 5,
+        lambda: 0.8 < more_alike("cifar10") < 1.2,
+    "On CIFAR-10 student 0 is sure where its teacher hesitates, and student 4 hesitates where its "
+    "teacher is sure":
+        lambda: (student := sureness("distilled"))[0] > 0.95 < (teacher := sureness("teacher"))[4]
+        and max(student[4], teacher[0]) < 0.6,
+    "Yet one student ended at 88.89 %, the other at 88.45 %: 0.44 points apart, more than the six "
+    "gains spread":
+        lambda: [points(name).round(2)[0] for name in ("distilled-one-teacher", "distilled")]
+        == [88.89, 88.45] and gains().std() < 0.44,
+    "They gained 0.61 points in the mean":
+        lambda: round((gains("distilled-one-teacher")).mean(), 2) == 0.61
+        and len(gains("distilled-one-teacher")) == 5,
+    "A single pair needs a gain of 0.55 points (1.96 times its standard error)":
+        lambda: round(1.96 * printed(NOTEBOOK_5, r"standard error ([\d.]+)")[0][0], 2) == 0.55,
+    "The six gains lie between 0.24 and 1.04, so some pairs would have said yes by themselves":
+        lambda: [round(end(gains()), 2) for end in (min, max)] == [0.24, 1.04]
+        and len(gains()) == 6,
+    "Six pairs are enough to tell it from zero, even by their signs alone":
+        lambda: gains().min() > 0 and scipy.stats.binomtest(len(gains()), len(gains())).pvalue
+        < 0.05 and lower_limit(gains()) > 0,
     "**You should see** a wider interval that is still above zero":
         lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0] > (0,)
         and np.ptp(printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0])
         > np.ptp(printed(NOTEBOOK_5, r"95 % interval ([\d.]+) to ([\d.]+)")[0]),
     "Yes, a little: after 20 epochs":
         lambda: gains().mean() < 1 and lower_limit(gains()) > 0,
-    "On the test set pairing narrows the interval":
-        lambda: gains().std() < np.sqrt(points("scratch").var() + points("distilled").var()),
-    "the interval without pairs is a little narrower":
-        lambda: (together := scipy.stats.ttest_ind(
-            *of_pairs("val_accuracy").T.to_numpy()).confidence_interval())
-        and 0.8 < np.ptp(together) / np.ptp(scipy.stats.ttest_rel(
-            *of_pairs("val_accuracy").T.to_numpy()).confidence_interval()) < 1,
-    "So luck with the seeds and the test images doesn't explain the gain":
+    "Our six pairs show no sign of that":
+        lambda: gains().std() > np.sqrt(points("scratch").var() + points("distilled").var()),
+    "So luck with seeds, teachers and test images doesn't explain the gain":
         lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to") > [(0,)],
-    "On CIFAR-10 the gain after 20 epochs is about 0.6 points":
-        lambda: gains().mean().round(1) == 0.6,
+    "On CIFAR-10 the gain after 20 epochs is 0.65 points":
+        lambda: gains().mean().round(2) == 0.65,
     "| about one point more than from scratch | about three points more |":
-        lambda: [round(100 * (of_pairs("agreement", dataset).mean() @ [1, -1]))
-                 for dataset in ("cifar10", "digits")] == [1, 3],
-    "all distilled students are surer than the teacher":
-        lambda: (sure := {method: [soft(logits_of(method, seed, "digits")["val"][0], 1)[
-            digits().y_val[0]] for seed in seeds] for method, seeds in (
-                ("teacher", [0]), ("distilled", range(5)))}) and min(sure["distilled"])
-        > sure["teacher"][0],
-    "| about three and a half points, and its interval is much wider |":
-        lambda: 3.2 < gains(dataset="digits").mean() < 3.8 and gains(dataset="digits").std()
+        lambda: [round(more_alike(dataset)) for dataset in ("cifar10", "digits")] == [1, 3],
+    "four of six distilled students are surer than their teacher":
+        lambda: np.sum(sureness("distilled", "digits") > sureness("teacher", "digits")) == 4,
+    "| 0.65 points | about three points, and its interval is much wider |":
+        lambda: 2.7 < gains(dataset="digits").mean() < 3.5 and gains(dataset="digits").std()
         > 5 * gains().std(),
 }, NOTEBOOK_6: {
     "most of them lie almost entirely on one class":
@@ -549,8 +572,8 @@ CLAIMS = {"README.md": {
     "At T = 1 the gain is at most 0.6 points": lambda: map_gains().loc[1].max().round(1) == 0.6,
     "At alpha = 0.9 it lies between -0.3 and 0.8":
         lambda: map_gains()[0.9].agg(["min", "max"]).round(1).tolist() == [-0.3, 0.8],
-    "0.6 points is all that notebook 05 found after 20 epochs":
-        lambda: gains().mean().round(1) == 0.6,
+    "0.65 points is all that notebook 05 found after 20 epochs":
+        lambda: gains().mean().round(2) == 0.65,
     "At T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
     "Between the regions, what helps accuracy costs calibration":
         lambda: (ece := rows("distilled-5-epochs", "ece").xs(0, level="seed").unstack())
@@ -622,19 +645,18 @@ CLAIMS = {"README.md": {
         lambda: lower_limit(gains("distilled-5-epochs", "scratch-5-epochs")) > 1
         and scipy.stats.ttest_ind(gains("distilled-5-epochs", "scratch-5-epochs"),
                                   gains()).pvalue < 0.01,
-    "In pair 0 the distilled student needs 6 of 10 epochs, 14 of 20, 28 of 40 and 83 of 100":
-        lambda: [round(float(needed(epochs))) for epochs in (10, 20, 40, 100)] == [6, 14, 28, 83],
-    "In this one pair it gets smaller":
-        lambda: (np.diff([needed(epochs) / epochs for epochs in (10, 20, 40, 100)]) > 0).all(),
-    "Their gains spread by 0.16 points, less than the floor":
-        lambda: round(gains().std(), 2) == 0.16,
-    "With the floor, their interval would be 0.26 to 0.96":
-        lambda: np.round(floored("").interval(0.95), 2).tolist() == [0.26, 0.96],
+    "In pair 0 the distilled student needs 6 of 10 epochs, 16 of 20, 33 of 40 and 83 of 100":
+        lambda: [round(float(needed(epochs))) for epochs in (10, 20, 40, 100)] == [6, 16, 33, 83],
+    "In this one pair it is large in the short training and small from 20 epochs on":
+        lambda: needed(10) / 10 < 0.61 and min(needed(e) / e for e in (20, 40, 100)) > 0.8,
+    "Their gains spread by 0.37 points, more than the floor":
+        lambda: round(gains().std(), 2) == 0.37 > IMAGES_ALONE,
     "the teacher's likeliest class alone, with the rest spread evenly, gives about 0.6 points":
         lambda: 0.55 < control("top1").mean() < 0.65
         and control("top1").mean() < scipy.stats.t.ppf(0.975, 2) * IMAGES_ALONE / 3**0.5,
-    "(The table at the end calls this open, after a correction.)":
-        lambda: re.search(r"time counted .* open\n", printed_text(NOTEBOOK_8)),
+    "(Three pairs leave it open: the interval contains zero.)":
+        lambda: printed(NOTEBOOK_8, r"minus scratch: -[\d.]+, -[\d.]+ to +([-\d.]+)") > [(0,)]
+        and " open\n" in printed_text(NOTEBOOK_8).partition("time counted ")[2][:60],
     "the training gap of the distilled student hardly grows after 10 epochs":
         lambda: training_gap("distilled-100-epochs") - training_gap("distilled-10-epochs") < 0.5
         and training_gap("scratch-100-epochs") - training_gap("scratch-10-epochs") > 3,
@@ -651,11 +673,14 @@ CLAIMS = {"README.md": {
                     for name in ("smoothing", "shuffled")),
     "Smoothing even lies below scratch on validation":
         lambda: control("smoothing", "val").max() < 0,
-    "Fewer dogs are taken for cats and fewer horses for dogs, and that is so in each":
-        lambda: cell_changes("dog", "cat").max() < 0 and cell_changes("horse", "dog").max() < 0,
-    "after Holm's correction neither is significant":
-        lambda: min(90 * scipy.stats.ttest_1samp(cell_changes(*each), 0).pvalue
-                    for each in (("dog", "cat"), ("horse", "dog"))) > 0.05,
+    "fewer dogs are taken for cats, and that is so in each of the six pairs":
+        lambda: cell_changes("dog", "cat").max() < 0 and len(cell_changes("dog", "cat")) == 6,
+    "After Holm's correction for 90 cells it is just significant":
+        lambda: 0.045 < corrected_cells()["dog", "cat"] < 0.05,
+    "So is a cell that nobody would notice: in each pair one or two more dogs are taken for ships":
+        lambda: set(cell_changes("dog", "ship")) == {1, 2}
+        and [cell for cell, p in corrected_cells().items() if p < 0.05]
+        == [("dog", "cat"), ("dog", "ship")],
     "from T = 2 on the error is two to 2.6 times as large":
         lambda: all(1.95 < error / calibration_errors()["scratch"] < 2.65
                     for name, error in calibration_errors().items()
@@ -689,17 +714,18 @@ CLAIMS = {"README.md": {
     "The gain was large after few epochs":
         lambda: gains("distilled-5-epochs", "scratch-5-epochs").min() > 1.5
         and gains("distilled-5-epochs-10-percent", "scratch-5-epochs-10-percent").min() > 8,
-    "was better than the distilled one of 20 epochs in all three pairs, though after the "
-    "correction this is open":
+    "was better than the distilled one of 20 epochs in all three pairs, though three pairs leave "
+    "it open":
         lambda: patience().max() < 0 and len(patience()) == 3
-        and re.search(r"time counted .* open\n", printed_text(NOTEBOOK_8)),
+        and " open\n" in printed_text(NOTEBOOK_8).partition("time counted ")[2][:60],
     "It cost less than teacher, answers and student together":
         lambda: printed(NOTEBOOK_8, r"; in all (\d+)")[0][0] > 110,
     "Softness alone doesn't give the gain after 5 epochs":
         lambda: control("smoothing").mean()
         < gains("distilled-5-epochs", "scratch-5-epochs").min() / 2,
-    "At 40 and 100 epochs it contains zero, and it also contains the gain of 20 epochs":
-        lambda: all(low < 0 < gains().mean() < high for low, high in printed(
+    "At 40 and 100 epochs it contains zero, and it ends no lower than about where the gain of 20 "
+    "epochs is":
+        lambda: all(low < 0 and gains().mean() < high + 0.02 for low, high in printed(
             NOTEBOOK_8, r"\n +(?:40|100) .*?, ([-\d.]+) to +([\d.]+)")),
     "Its lead over its twin is much smaller than the uncertainty of a pair":
         lambda: np.abs(gains("distilled-100-epochs", "scratch-100-epochs")).max()
@@ -710,8 +736,13 @@ CLAIMS = {"README.md": {
     "three pairs can't tell it from the teacher":
         lambda: (apart := gains("distilled-5-epochs", "distilled-5-epochs-twin")).mean()
         < scipy.stats.t.ppf(0.975, 2) * max(apart.std(), IMAGES_ALONE) / 3**0.5,
-    "only horse survives the correction":
-        lambda: "correction: horse\n" in printed_text(NOTEBOOK_8),
+    "automobile and horse survive the correction":
+        lambda: "correction: automobile, horse\n" in printed_text(NOTEBOOK_8),
+    "In five of the six pairs more cats are taken for dogs, too: where the two look alike, the "
+    "distilled students say dog more often":
+        lambda: (cell_changes("cat", "dog") > 0).sum() == 5 and len(cell_changes("cat", "dog")) == 6
+        and all((cell_changes(pet, "dog") - cell_changes(pet, "cat")).mean() > 0
+                for pet in ("cat", "dog")),
     "the distilled students are *too sure*, by about 0.04, and the scratch students are not":
         lambda: [overconfidence()[name] for name in ("distilled", "scratch")] == [0.04, 0.0],
     "the student of T = 1 is calibrated as well as the one from scratch":
@@ -719,17 +750,18 @@ CLAIMS = {"README.md": {
     "the logits of the distilled students are as large as the teacher's":
         lambda: len(set(printed(NOTEBOOK_8, r"(?:teacher|distilled) .* (\d\.\d)\n")[:2])) == 1,
     "the distilled students have the *smaller* nll in every pair":
-        lambda: "has the smaller nll in 5 of 5 pairs" in printed_text(NOTEBOOK_8),
+        lambda: "has the smaller nll in 6 of 6 pairs" in printed_text(NOTEBOOK_8),
     "So higher accuracy alone doesn't give better probabilities":
         lambda: of_pairs("nll").distilled.mean() > of_pairs("nll").scratch.mean(),
-    "agree with the teacher on about 91 of 100, which is 1.0 to 1.5 more than the scratch students "
-    "do":
-        lambda: all(90 < each < 91.5 for each in fidelity("distilled")[1:3]) and sorted(np.round(
-            np.subtract(fidelity("distilled"), fidelity("scratch"))[1:3], 1)) == [1.0, 1.5],
-    "On their training images the two agree with it equally often":
-        lambda: fidelity("distilled")[0] == fidelity("scratch")[0],
-    "know their training images no better than the scratch students do, but the validation images":
-        lambda: fidelity("distilled")[3] <= fidelity("scratch")[3]
+    "agree with their teacher on about 91 of 100, which is about one more than the scratch "
+    "students do":
+        lambda: all(90 < each < 91.5 for each in fidelity("distilled")[1:3]) and all(
+            0.8 < each < 1.2 for each in
+            np.subtract(fidelity("distilled"), fidelity("scratch"))[1:3]),
+    "On their training images they agree with it even a little *less* often than the scratch":
+        lambda: 0 < fidelity("scratch")[0] - fidelity("distilled")[0] < 0.5,
+    "know their training images less well than the scratch students do, and the validation images":
+        lambda: fidelity("distilled")[3] < fidelity("scratch")[3]
         and fidelity("distilled")[4] > fidelity("scratch")[4],
     "the student from scratch fall steeply as labels become scarce":
         lambda: (np.diff([points(f"scratch-5-epochs-{p}-percent")[0] for p in (1, 5, 10, 50)])
@@ -741,12 +773,12 @@ CLAIMS = {"README.md": {
         lambda: (only := digits_gain(0)) is not None
         and round(100 * only.std() / len(only) ** 0.5, 1) == 1.3,
     "A class has 1,000 test images, and their luck is larger than that spread":
-        lambda: (horse := horses()).mean(axis=1).std(ddof=1) < (
-            horse.std(axis=1) / horse.shape[1] ** 0.5).mean(),
-    "| classes | horse gains (over the seeds) | 3 gains |":
-        lambda: np.flatnonzero(evidence.holm(scipy.stats.ttest_1samp(
+        lambda: all(each.mean(axis=1).std(ddof=1) < (each.std(axis=1) / each.shape[1] ** 0.5).mean()
+                    for each in map(class_changes, ("automobile", "horse"))),
+    "| classes | automobile and horse gain (over the pairs) | no class stands out |":
+        lambda: evidence.holm(scipy.stats.ttest_1samp(
             [[digits_gain(seed)[digits().y_test == c].mean() for c in range(10)]
-             for seed in range(5)], 0).pvalue) < 0.05).tolist() == [3],
+             for seed in range(6)], 0).pvalue).min() > 0.05,
     "the gain shrinks from 13 points to one, and at 28 epochs its interval contains zero":
         lambda: [round(gains(f"distilled-{n}-epochs", f"scratch-{n}-epochs", "digits").mean())
                  for n in (3, 28)] == [13, 1],
@@ -762,8 +794,8 @@ CLAIMS = {"README.md": {
     "two to four points more, on training images too":
         lambda: all(2 <= round(100 * more) <= 4 for more in (
             alike_on("distilled", part) - alike_on("scratch", part) for part in ("val", "test"))),
-    "The three gains lie within 0.03 points of each other":
-        lambda: 0 < np.ptp(patience()) < 0.035,
+    "The three gains spread by 0.12 points":
+        lambda: control("twin").std().round(2) == 0.12 and len(control("twin")) == 3,
 }, NOTEBOOK_9: {
     "maps of the same height and width, 128 channels of the teacher beside 40":
         lambda: printed(
@@ -826,12 +858,17 @@ CLAIMS = {"README.md": {
     "It compares vectors, and gains most in every pair":
         lambda: all(taught("CRD") >= taught(slice(None)).max(axis=1)),
 }, NOTEBOOK_11: {
+    "the likeliest class holds 0.64 of the probability at T = 4, and five classes hold 0.89":
+        lambda: [kept for k, kept in printed(NOTEBOOK_11, r"\n +(\d) +(0\.\d\d) +0\.\d+ +\d+")
+                 if k in (1, 5)] == [0.64, 0.89],
+    "float16 loses practically nothing":
+        lambda: printed(NOTEBOOK_11, r"float16 loses ([\de.-]+) nats") < [(1e-6,)],
     "after one epoch the students are right on about one image in four":
         lambda: 0.2 < printed(NOTEBOOK_11, r"after epoch 1: mean ([\d.]+)")[0][0] < 0.3,
     "After three or four of the seven epochs it says something, and after five a good deal":
         lambda: (r := [row[1] for row in printed(
             NOTEBOOK_11, r"after epoch (\d): .* with the last ([+-][\d.]+)")])[4] > 0.8
-        and all(0.5 < each < 0.7 for each in r[2:4]) and max(r[:2]) < 0.5,
+        and all(0.5 < each < 0.7 for each in r[2:4]) and r[0] < 0.45 and r[1] < min(r[2:4]),
     "The first trial, drawn at random, was the best of all twelve":
         lambda: len(set(search_best())) == 1 and len(search_best()) == 12,
     "It lies in the grey band": lambda: band().min() < search_best().iloc[-1] < band().max(),
@@ -885,7 +922,7 @@ NOT_MEASURED = {"README.md": {
     "beside the same networks in PyTorch": "benchmark.csv",
     "with the same input and logits out": "what is asked for",
     "what distillation gains: 1.74": "test_notebooks",
-    "distillation gains 0.61 points": "test_notebooks",
+    "distillation gains 0.65 points": "test_notebooks",
 }, NOTEBOOK_1: {
     "never choose and report on the same images": "what is learned here",
     "makes more mistakes": "claims of 05", "see the same image": "how it works",
@@ -954,7 +991,7 @@ NOT_MEASURED = {"README.md": {
     "when it is larger, is the subject": "what comes", "Give it 20 or more": "advice",
     "A comparison is fair if": "its rule", "to report each student's best epoch": "a question",
     "stays the same on average": "test_exercises",
-    "0.32 to 0.90 for the same ten numbers": "test_exercises", "smaller is better": "a definition",
+    "smaller is better": "a definition",
     "The best of 20 noisy numbers": "a fact about maxima",
     "as T grows without limit": "a question", "has to be the same for": "a question",
     "One student is right more often": "a question", "Are its probabilities better?": "a question",
@@ -966,8 +1003,12 @@ NOT_MEASURED = {"README.md": {
     "might change the gain": "a possibility", "standard deviation of the n gains": "a definition",
     "so the next cell shrinks": "how it is done", "For larger images": "advice",
     "if the gains were normally distributed": "a definition",
-    "computes the mean gain": "how it is done", "Five pairs are enough": "the p-value above",
-    "Which student wins": "a question", "wins in four pairs of five": "test_exercises",
+    "computes the mean gain": "how it is done",
+    "those of the teachers as well": "the claim after it",
+    "Little, even about its own seed": "the claim after it", "was trained twice": "how it was",
+    "and in nothing else that we know of": "PROTOCOL.md",
+    "Training makes tiny differences grow": "the claim before it",
+    "Which student wins": "a question", "wins in all pairs, and on digits": "test_exercises",
     "Temperature scaling may help": "08", "## What differs on digits": "a heading",
 }, NOTEBOOK_6: {
     "which setting matters most": "what is learned here",
@@ -1013,8 +1054,8 @@ NOT_MEASURED = {"README.md": {
     "| distiller saved |": "the text above", "| the kernel dies |": "the text above",
 }, NOTEBOOK_8: {
     "No corrected value may be": "a definition", "The line above the figure sums": "a legend",
-    "too close for the number to mean": "the intervals above",
-    "| classes | horse gains (over the seeds)": "a claim", "| 3 gains |": "a claim",
+    "| classes | automobile and horse gain": "a claim",
+    "least of all on the images": "the claims around it",
     "Two students that are equally good": "arithmetic",
     "we never take the spread to be smaller": "a rule",
     "a longer training makes the gain smaller": "a story",
@@ -1049,7 +1090,7 @@ NOT_MEASURED = {"README.md": {
     "gain of each class, mean": "a legend", "Labels cost money": "everyday knowledge",
     "worth on images that nobody has": "says what isn't known",
     "a gain that was measured above": "what it is", "## What differs on digits": "a heading",
-    "| distilled students know them no better |": "of other data",
+    "| distilled students know them less well |": "of other data",
     "is its gain still not": "a question", "so that closeness is luck": "the floor",
 }, NOTEBOOK_9: {
     "The widths differ": "the output above", "A hint asks for more": "what it is",
@@ -1078,7 +1119,7 @@ NOT_MEASURED = {"README.md": {
     "lies below the median of the others": "test_search",
     "all its students have the same seed": "search.py", "may have taken longer": "an explanation",
     "from before our training engine was rebuilt": "PROTOCOL.md",
-    "They become a problem with more views": "arithmetic", "as a hint at most": "advice",
+    "They become a problem with more views": "arithmetic",
     "two correct trainings differ by": "test_parallel",
     "its own half of the batch": "how it works", "Dotted: the best of the 25": "a legend",
     "Four ways out": "a list", "four assumptions that you may change": "assumptions",

@@ -4,6 +4,7 @@ from reference import runs  # noqa: F401, I001  isort: skip  (first: keeps Tenso
 import re
 
 import pytest
+import scipy.stats
 from claims import CLAIMS, NOT_MEASURED, TABLE, page
 from conftest import CIFAR10, ROOT
 
@@ -44,7 +45,7 @@ def test_every_comparison_is_a_claim(name):
 def test_the_table_of_part_a_is_that_of_the_rows():
     text = (ROOT / "reference" / "PROTOCOL.md").read_text().partition("### A. The recipe, after")[2]
     rows = TABLE[(TABLE.seed >= 100) & TABLE.method.str.contains("-8-epochs|scratch-20-epochs")]
-    assert sorted(re.findall(r"\b\d\d\.\d\d\b", text.partition("## Changes")[0])) == sorted(
+    assert sorted(re.findall(r"\b\d\d\.\d\d\b", text.partition("### B. Does")[0])) == sorted(
         f"{100 * accuracy:.2f}" for accuracy in rows.val_accuracy)
     best = 100 * rows[rows.seed == 100].set_index("method").val_accuracy
     gain = best["scratch-8-epochs-smoothing"] - best["scratch-8-epochs"]
@@ -52,3 +53,25 @@ def test_the_table_of_part_a_is_that_of_the_rows():
     full = 100 * rows.set_index(["method", "seed"]).val_accuracy
     gain = (full["scratch-20-epochs-smoothing"] - full["scratch-20-epochs"]).mean()
     assert f"Its mean gain is {gain:.2f} points" in text and gain < 0.3
+
+
+def test_the_table_of_part_b_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().partition("### B. Does it help")[2]
+    said = re.findall(r"\| (\d) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| (-?[\d.]+) \|", text)
+    methods = ["teacher", "scratch", "distilled"]
+    table = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(methods)]
+    six, val = (100 * table.pivot(index="seed", columns="method", values=column)[methods]
+                for column in ("test_accuracy", "val_accuracy"))
+    gain, on_val = six.distilled - six.scratch, val.distilled - val.scratch
+    assert [tuple(map(float, row)) for row in said] == [
+        (seed, *row.round(2)) for seed, row in six.assign(gain=gain).iterrows()]
+    assert f"Mean {gain.mean():.2f} points, standard deviation {gain.std():.2f}; 95 %" in text
+    for each, said in ((gain, "interval"), (gain.drop(0), "{:.2f},"), (on_val, "mean is {:.2f},")):
+        low, high = scipy.stats.ttest_1samp(each, 0).confidence_interval()
+        assert f"{said.format(each.mean())} {low:.2f} to {high:.2f}" in text
+    low, high = scipy.stats.ttest_ind(six.distilled, six.scratch).confidence_interval()
+    assert f"is narrower, {low:.2f} to {high:.2f})" in text
+    assert f"The trainings took {table.seconds.sum() / 3600:.1f} hours" in text
+    assert f"pair 5 lost {-on_val[5]:.2f}" in text and (on_val.drop(5) > 0).all()
+    first = TABLE[(TABLE.method == "distilled-one-teacher") & (TABLE.dataset == "cifar10")]
+    assert f"had {100 * first.test_accuracy.iloc[0]:.2f} instead of {six.distilled[0]:.2f}" in text

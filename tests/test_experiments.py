@@ -297,10 +297,10 @@ def test_published_weights_give_the_published_figures(stem):
         pytest.skip("no cifar10.npz in KD_DATA_DIR")
     dataset = published_data(name)
     weights = runs.REFERENCE / "weights"
-    teacher = keras.saving.load_model(weights / f"{name}-teacher-seed0.keras")
     row = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")["row"]
+    teacher = row["teacher"] and keras.saving.load_model(weights / f"{name}-{row['teacher']}.keras")
     model = keras.saving.load_model(weights / f"{stem}.keras")
-    got = runs.measure(model, dataset, None if row["agreement"] is None else teacher)
+    got = runs.measure(model, dataset, teacher)
     for key, value in got.items():
         if value is not None:
             assert row[key] == pytest.approx(value, abs=0.003), key
