@@ -72,6 +72,9 @@ def test_the_table_of_part_b_is_that_of_the_rows():
     low, high = scipy.stats.ttest_ind(six.distilled, six.scratch).confidence_interval()
     assert f"is narrower, {low:.2f} to {high:.2f})" in text
     assert f"The trainings took {table.seconds.sum() / 3600:.1f} hours" in text
+    first, *others = table[table.method == "teacher"].sort_values("seed").seconds / 3600
+    assert (f"Teacher 0 took {first:.1f} hours, the other five {min(others):.1f}\n"
+            f"to {max(others):.1f} on") in text
     assert f"pair 5 lost {-on_val[5]:.2f}" in text and (on_val.drop(5) > 0).all()
     first = TABLE[(TABLE.method == "distilled-one-teacher") & (TABLE.dataset == "cifar10")]
     assert f"had {100 * first.test_accuracy.iloc[0]:.2f} instead of {six.distilled[0]:.2f}" in text
