@@ -577,11 +577,11 @@ CLAIMS = {
     "three epochs of quantisation-aware training win most of them back. Hard labels did that "
     "better than the teacher":
         lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all(),
-    "The teacher in int8 is nearly as fast as the distilled student in float32, three points "
+    "The teacher in int8 is nearly as fast as the distilled student in float32, 3.4 points "
     "better, and 1.7 times as large":
         lambda: compared("latency_ms") < 1.1 and compared("kib") == pytest.approx(1.7, abs=0.05)
         and shipped("teacher", "litert-int8").accuracy
-        - shipped("distilled", "litert-float32").accuracy == pytest.approx(0.03, abs=0.002),
+        - shipped("distilled", "litert-float32").accuracy == pytest.approx(0.034, abs=0.0005),
     "in int8 it is three times as fast as the int8 teacher, and a sixth of its size":
         lambda: shipped("teacher", "litert-int8").latency_ms / shipped(
             "distilled", "litert-int8").latency_ms == pytest.approx(3.4, abs=0.3)
