@@ -149,22 +149,13 @@ def floored(length, floor=IMAGES_ALONE):
     return scipy.stats.t(len(found) - 1, found.mean(), error)
 
 
-def class_changes(name):
-    """1, 0 or -1 for each test image of a class: distilled minus scratch, a row for each pair."""
-    number = cifar10().class_names.index(name)
-    right = {method: np.array([logits_of(method, seed)["test"][cifar10().y_test == number]
-                               .argmax(-1) == number for seed in range(6)], int)
+def image_changes(true, answer):
+    """1, 0 or -1 for each test image of a class: this answer, distilled minus scratch, by pair."""
+    true, answer = map(cifar10().class_names.index, (true, answer))
+    given = {method: np.array([logits_of(method, seed)["test"][cifar10().y_test == true].argmax(-1)
+                               == answer for seed in range(6)], int)
              for method in ("distilled", "scratch")}
-    return right["distilled"] - right["scratch"]
-
-
-def dogs_for_cats():
-    """1, 0 or -1 for each test image of a dog: called cat, distilled minus scratch, by pair."""
-    dog, cat = map(cifar10().class_names.index, ("dog", "cat"))
-    called = {method: np.array([logits_of(method, seed)["test"][cifar10().y_test == dog]
-                                .argmax(-1) == cat for seed in range(6)], int)
-              for method in ("distilled", "scratch")}
-    return called["distilled"] - called["scratch"]
+    return given["distilled"] - given["scratch"]
 
 
 def sureness(method, dataset="cifar10"):
@@ -774,7 +765,7 @@ CLAIMS = {"README.md": {
         lambda: "correction: automobile, horse\n" in printed_text(NOTEBOOK_8),
     "20 images are also far more than luck with the test images gives (about 8)":
         lambda: 19 < -cell_changes("dog", "cat").mean() < 21
-        and 7 < 1.96 * 1000**0.5 * dogs_for_cats().mean(axis=0).std() < 9,
+        and 7 < 1.96 * 1000**0.5 * image_changes("dog", "cat").mean(axis=0).std() < 9,
     "In five of the six pairs more cats are taken for dogs, too: where the two look alike, the "
     "distilled students say dog more often":
         lambda: (cell_changes("cat", "dog") > 0).sum() == 5 and len(cell_changes("cat", "dog")) == 6
@@ -813,7 +804,7 @@ CLAIMS = {"README.md": {
         and round(100 * only.std() / len(only) ** 0.5, 1) == 1.3,
     "A class has 1,000 test images, and their luck is larger than that spread":
         lambda: all(each.mean(axis=1).std(ddof=1) < (each.std(axis=1) / each.shape[1] ** 0.5).mean()
-                    for each in map(class_changes, ("automobile", "horse"))),
+                    for each in (image_changes(name, name) for name in ("automobile", "horse"))),
     "| classes | automobile and horse gain (over the pairs) | no class stands out |":
         lambda: evidence.holm(scipy.stats.ttest_1samp(
             [[digits_gain(seed)[digits().y_test == c].mean() for c in range(10)]
