@@ -130,5 +130,7 @@ def machine() -> str:
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
     cpu = found[1] if found else platform.processor() or platform.machine()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = tf.config.threading.get_intra_op_parallelism_threads() or cores
+    asked = os.environ.get("TF_NUM_INTRAOP_THREADS", "")  # TensorFlow obeys it, and does not say so
+    threads = (tf.config.threading.get_intra_op_parallelism_threads()
+               or (int(asked) if asked.isdecimal() else 0) or cores)
     return f"{threads} cores, {cpu}"

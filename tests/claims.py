@@ -4,7 +4,8 @@ CLAIMS has an expression over the published rows, models or committed outputs fo
 NOT_MEASURED the reason why nothing is to be measured. test_claims.py checks both.
 """
 
-from reference import controls, evidence, measures, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import controls, evidence, features, measures  # isort: skip  (keeps TensorFlow quiet)
+from reference import plan, runs, store  # isort: skip
 import functools
 import re
 
@@ -371,6 +372,19 @@ def of_pairs(column, dataset="cifar10"):
 def benchmark(figure):
     table = pd.read_csv(ROOT / "reference" / "benchmark.csv", index_col="figure")
     return table.loc[figure, ["value", "again"]].astype(float)
+
+
+def step_costs(*, logits):
+    """Time of a step over plain distillation's, of the methods that compare logits, or others."""
+    return pd.Series({name: benchmark(f"{name}_over_distilling_step").value
+                      for name, method in features.METHODS.items()
+                      if (method.where == "logits") == logits})
+
+
+def asking():
+    """What plain distillation takes longer for where it asks the teacher in each step."""
+    return (benchmark("live_distill_over_scratch_epoch").value
+            / benchmark("distill_over_scratch_epoch").value - 1)
 
 
 def spread(method, epoch):
@@ -833,6 +847,23 @@ CLAIMS = {"README.md": {
     "about a third is there already, in either student":
         lambda: (found := [each for each, in printed(NOTEBOOK_9, r"(\d+)% of the teacher's s")])
         and all(30 < each < 40 for each in found[1:]) and len(found) == 3 and found[0] < 15,
+    "The five losses on logits cost about as much as plain distillation":
+        lambda: len(dear := step_costs(logits=True)) == 5 and dear.between(0.95, 1.05).all(),
+    "The others take 2.0 to 3.4 times as long":
+        lambda: (step_costs(logits=False).min().round(1), step_costs(logits=False).max().round(1))
+        == (2.0, 3.4),
+    "Seven of the twelve lie near the dashed line, so asking the teacher is most of what they "
+    "cost":
+        lambda: (dear := step_costs(logits=False) - 1).size == 12
+        and sum(abs(dear - asking()) < 0.35) == 7 and sum(dear < 2 * asking()) == 12,
+    "Hints are the cheapest of the twelve":
+        lambda: step_costs(logits=False).idxmin() == "fitnet"
+        and plan.PLACES[features.METHODS["fitnet"].where][1] == ("relu2_2",),
+    "No method needs more than 200 MiB more":
+        lambda: max(benchmark(f"peak_memory_{name}").value - benchmark(
+            "peak_memory_distilling").value for name in features.METHODS) < 200 / 1024,
+    "With 45,000 the two memories alone take 44 MiB":
+        lambda: round(2 * 45_000 * features.Embedded.width * 4 / 2**20) == 44,
     "**You should see** the largest loss for noise, and zero for a copy":
         lambda: printed(NOTEBOOK_9, r"noise +: ([\d.]+)")[0] > max(
             printed(NOTEBOOK_9, r"(?:scratch  |distilled): (\d\.\d+)\n"))
@@ -1123,7 +1154,9 @@ NOT_MEASURED = {"README.md": {
     "is its gain still not": "a question", "so that closeness is luck": "the floor",
 }, NOTEBOOK_9: {
     "The widths differ": "the output above", "A hint asks for more": "what it is",
-    "Whether 38 is more than 34": "says what isn't known",
+    "as they read the same stored": "how it works",
+    "what each method *needs*": "what it says", "CRD remembers a vector": "how it works",
+    "| little time | a loss on logits": "the text above",
     "most classes of the teacher form groups": "the figure above it",
     "losses on maps are less even": "the claims after it",
     "it doesn't depend on scale": "arithmetic", "it averages the larger one": "methods.py",

@@ -322,7 +322,7 @@ def train(method, *, callbacks=None, weight=0.1, **more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["crd", "fitnet"])
+@pytest.mark.parametrize("method", ["crd", pytest.param("fitnet", marks=pytest.mark.long)])
 def test_a_killed_run_ends_with_the_same_weights(method, tmp_path, monkeypatch):
     """Memories, regressors and the draw of the negatives go on where they were."""
     ended = []

@@ -6,6 +6,7 @@ import ast
 import contextlib
 import importlib.util
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -822,6 +823,14 @@ def test_another_number_of_threads_is_named_on_resume(data, monkeypatch, folder)
         train(data)
     (path,) = folder.glob("digits-scratch*/model.json")
     assert len(store.read_notes(path)["machines"]) == 2
+
+
+@pytest.mark.parametrize("asked, threads", [("3", "3"), ("0", None), ("", None), ("many", None)])
+def test_threads_asked_for_in_the_environment_are_named(asked, threads, monkeypatch):
+    monkeypatch.setenv("TF_NUM_INTRAOP_THREADS", asked)
+    usual = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                else os.cpu_count())
+    assert fingerprints.machine().startswith(f"{threads or usual} cores, ")
 
 
 @pytest.mark.parametrize("method", ["distilled-/../../x", "../x", "distilled x", ""])
