@@ -1172,7 +1172,7 @@ NOT_MEASURED = {"README.md": {
     "differ in more than the architecture": "says what is open",
     "can't say what it is worth": "says what isn't known",
     "What each of them *gains*": "says what isn't known", "## What differs on digits": "a heading",
-    "| 2,500 | 2,400, all": "a count",
+    "| what each method costs |": "of other data",
 }, NOTEBOOK_11: {
     "It needs three more packages": "a count", "so more cores finish more": "the cell below",
     "at the same path": "a rule", "At most one epoch is lost": "test_cluster",
