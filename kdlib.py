@@ -241,7 +241,9 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     taught, learned = tuple(teacher_logits.shape), tuple(student_logits.shape)
     require(len(taught) > 1 and 0 not in taught and _agree(taught, learned), f"teacher_logits have "
             f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
-    z, w = teacher_logits / temperature, student_logits / temperature
+    # Where both exclude a class, the student's -inf would make the gradient nan.
+    least = ops.where(teacher_logits == -math.inf, -1e38, -math.inf)
+    z, w = teacher_logits / temperature, ops.maximum(student_logits, least) / temperature
     p, q = ops.softmax(z, axis=-1), ops.softmax(w, axis=-1)
     # d = log(p / q). Where T makes it tiny, a difference of two logarithms is mostly rounding.
     s = z - w - ops.stop_gradient(ops.max(z - w, axis=-1, keepdims=True))
@@ -305,11 +307,10 @@ def check_model(role: str, model) -> int | None:
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
             "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
     last = (getattr(model, "operations", model.layers) or [None])[-1]
-    sigmoid = (getattr(last, "activation", None) is keras.activations.sigmoid
-               or type(last).__name__ == "Sigmoid")  # an operation in place of a layer
-    require(not sigmoid and not _are_probabilities(ops.cast(answers, "float32")), f"{role} gives "
-            "probabilities, not logits. Build it without a softmax at its end: "
-            "new.set_weights(model.get_weights()).")
+    last = getattr(last, "activation", None) or type(last)  # an operation in place of a layer
+    require(getattr(last, "__name__", "").lower() != "sigmoid" and not _are_probabilities(
+        ops.cast(answers, "float32")), f"{role} gives probabilities, not logits. Build it without "
+        "a softmax at its end: new.set_weights(model.get_weights()).")
     return shape[-1]
 
 
@@ -365,8 +366,7 @@ def _look(batch, logs):
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
             "unknown, or a sample_weight is not finite.")
     require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
-            "probabilities (store what comes before the softmax, or np.log), or the teacher got "
-            "images that are not raw pixels.")
+            "probabilities (store logits, or np.log), or the teacher's images are not raw pixels.")
 
 
 # --- distiller ------------------------------------------------------------------------

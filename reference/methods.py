@@ -3,8 +3,9 @@
 Every loss is written in keras.ops, so it runs on TensorFlow, JAX and PyTorch. It takes the
 teacher and the student by name and returns a scalar (a list of scalars, one for each stage, where
 it says so). Feature maps are (batch, height, width, channels), vectors (batch, width) and logits
-(batch, classes). Maps of two sizes are pooled to the smaller one. Where a norm or a distance is 0
-its gradient is 0, not 0 / 0. "RepDistiller" is github.com/HobbitLong/RepDistiller.
+(batch, classes). Maps of two sizes are pooled to the smaller height and width (the originals take
+square maps). Where a norm or a distance is 0 its gradient is 0, not 0 / 0. "RepDistiller" is
+github.com/HobbitLong/RepDistiller.
 """
 
 import math
@@ -84,11 +85,11 @@ def kd(*, teacher, student, temperature=4.0):
 
 
 def fitnet(*, teacher, student):
-    """``mean((t - s)^2)`` of maps with equal channels; a regressor makes them equal.
-
-    Romero et al. 2015, section 2.2; RepDistiller FitNet.py.
+    """``mean((t - s)^2)`` of maps with equal channels, or of vectors of equal width; a regressor
+    makes them equal. Romero et al. 2015, section 2.2; RepDistiller FitNet.py.
     """
-    teacher, student = _same_size(teacher, student)
+    maps = len(ops.shape(teacher)) == 4
+    teacher, student = (_same_size if maps else _floats)(teacher, student)
     teacher, student = _floats(teacher, student, equal=True)
     return _mean_square(teacher - student)
 
@@ -175,7 +176,7 @@ def pkt(*, teacher, student):
     Vectors of any two widths. Passalis and Tefas 2018, section 3; RepDistiller PKT.py.
     """
     rows = [_flat(x) for x in _floats(teacher, student)]
-    rows = [x / (_norm(x) + 1e-7) for x in rows]
+    rows = [x * ops.where(_norm(x) > 0, 1 / (_norm(x) + 1e-7), 0.0) for x in rows]
     p, q = ((ops.matmul(x, ops.transpose(x)) + 1) / 2 for x in rows)
     p, q = (x / ops.sum(x, axis=1, keepdims=True) for x in (p, q))
     return ops.mean(p * ops.log((p + 1e-7) / (q + 1e-7)))
@@ -277,10 +278,12 @@ def crd_remember(memory, numbers, rows, momentum=0.5):
 def dkd(*, teacher, student, labels, alpha=1.0, beta=8.0, temperature=4.0):
     """``alpha KL(own class against the rest) + beta KL(among the other classes)``, times T^2.
 
-    labels (batch,): class numbers. Finite for all logits: the own class is taken out, where the
-    original moves it by 1000. Zhao et al. 2022, equation 7; mdistiller DKD.py.
+    labels (batch,): class numbers; any other makes the loss nan. Finite for all logits: the own
+    class is taken out, where the original moves it by 1000. Zhao et al. 2022, equation 7;
+    mdistiller DKD.py.
     """
     teacher, student = _floats(teacher, student, rank=2, equal=True)
+    require(teacher.shape[-1] > 1, "teacher and student have one class. Nothing is left beside it.")
     (own_t, rest_t), (own_s, rest_s) = (_split(z, labels, temperature) for z in (teacher, student))
     loss = alpha * kd(teacher=own_t, student=own_s, temperature=temperature)
     if teacher.shape[-1] > 2:  # of two classes, one is left: it has nothing to compare
@@ -290,8 +293,10 @@ def dkd(*, teacher, student, labels, alpha=1.0, beta=8.0, temperature=4.0):
 
 def _split(logits, labels, temperature):
     """The own class against all others, as two logits; and the logits of the others."""
-    classes, labels = logits.shape[-1], ops.reshape(ops.cast(labels, "int32"), (-1, 1))
-    own = ops.take_along_axis(logits, labels, axis=1)
+    classes, given = logits.shape[-1], ops.reshape(labels, (-1, 1))
+    labels = ops.clip(ops.cast(given, "int32"), 0, classes - 1)
+    known = ops.cast(given, "float32") == ops.cast(labels, "float32")
+    own = ops.where(known, ops.take_along_axis(logits, labels, axis=1), math.nan)
     rest = ops.take_along_axis(logits, (labels + ops.arange(1, classes)) % classes, axis=1)
     together = temperature * ops.logsumexp(rest / temperature, axis=1, keepdims=True)
     return ops.concatenate([own, together], axis=1), rest

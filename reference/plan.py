@@ -92,7 +92,7 @@ FIVE, TEN = {"epochs": 5}, {"epochs": 10}
 def _published() -> list[Experiment]:
     """The rows behind notebooks 02 to 08."""
     one = "teacher-seed0"
-    table = _pairs() + [
+    table = _pairs() + _controls() + [
         # how long?
         Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
         Experiment("scratch-10-epochs", recipe=TEN),
@@ -101,7 +101,7 @@ def _published() -> list[Experiment]:
         Experiment("distilled-40-epochs", teacher=one, recipe={"epochs": 40}),
         Experiment("scratch-100-epochs", TRIPLE, recipe={"epochs": 100}),
         Experiment("distilled-100-epochs", teacher=one, recipe={"epochs": 100}, weights=True),
-        # what the gain consists of
+        # what the gain consists of, after 5 epochs
         Experiment("distilled-5-epochs-smoothing", TRIPLE, teacher=one, control="smoothed",
                    recipe=FIVE),
         Experiment("distilled-5-epochs-shuffled", TRIPLE, teacher=one, control="shuffled",
@@ -133,6 +133,13 @@ def _pairs() -> list[Experiment]:
             Experiment("distilled-one-teacher", PAIRS, teacher="teacher-seed0", weights=True)]
 
 
+def _controls() -> list[Experiment]:
+    """Part C of PROTOCOL.md: what the gain consists of."""
+    table = [Experiment(f"distilled-{control}", PAIRS, teacher=OWN, control=control)
+             for control in ("smoothed", "levelled", "evened", "shuffled")]
+    return [*table, Experiment("distilled-twin", PAIRS, teacher="scratch-seed{next}")]
+
+
 def _map(epochs: int) -> list[Experiment]:
     """Students over temperature and alpha, and over the learning rate."""
     name, one, length = f"distilled-{epochs}-epochs", "teacher-seed0", {"epochs": epochs}
@@ -147,7 +154,7 @@ def _map(epochs: int) -> list[Experiment]:
 
 def _digits() -> list[Experiment]:
     one = "teacher-seed0"
-    table = _pairs() + [
+    table = _pairs() + _controls() + [
         Experiment("distilled-no-labels", teacher=one, alpha=0.0, weights=True),
         Experiment("scratch-sgd", weights=True,
                    recipe={"optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 5e-3}),
@@ -212,14 +219,9 @@ def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> ker
 
 
 def _evidence() -> list[Experiment]:
-    """Parts C to G of PROTOCOL.md."""
+    """Parts D to G of PROTOCOL.md."""
     six = " ".join(f"teacher-seed{k}" for k in SIX)
-    table = [  # C
-        Experiment("distilled-smoothed", PAIRS, teacher=OWN, control="smoothed"),
-        Experiment("distilled-evened", PAIRS, teacher=OWN, control="evened"),
-        Experiment("distilled-shuffled", PAIRS, teacher=OWN, control="shuffled"),
-        Experiment("distilled-levelled", PAIRS, teacher=OWN, control="levelled"),
-        Experiment("distilled-twin", PAIRS, teacher="scratch-seed{next}"),
+    table = [
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),

@@ -773,7 +773,7 @@ def test_a_teacher_that_gets_images_of_another_scale(wrap):
     student = keras.Model(inputs, layers.Dense(10)(layers.Flatten()(inputs)))
     made = distiller(student=student, teacher=wrap(tiny(8)), alpha=0.0)
     before = [v.numpy() for v in made.trainable_variables]
-    with pytest.raises(ValueError, match="the teacher got images that are not raw pixels"):
+    with pytest.raises(ValueError, match="the teacher.s images are not raw pixels"):
         made.fit(batches_of((IMAGES / 255).astype("float32")), verbose=0)
     for old, new in zip(before, made.trainable_variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())

@@ -263,7 +263,7 @@ def test_a_teacher_that_gets_images_of_another_scale(stored):
     made.compile("sgd")
     x, before = (X / 255).astype("float32"), student.get_weights()
     answers = np.random.default_rng(1).normal(size=(24, 10)).astype("float32")
-    with pytest.raises(ValueError, match="the teacher got images that are not raw pixels"):
+    with pytest.raises(ValueError, match="the teacher.s images are not raw pixels"):
         made.fit((x, answers) if stored else x, Y, verbose=0)
     assert all(map(np.array_equal, before, student.get_weights()))
 

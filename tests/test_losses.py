@@ -60,6 +60,22 @@ def test_a_class_of_probability_zero_contributes_nothing():
     np.testing.assert_allclose(tape.gradient(loss, student), [[-0.5, 0.5]], rtol=1e-6)
 
 
+def test_a_class_that_both_exclude_leaves_the_others_alone():
+    """And a class that the student alone excludes costs it everything, as the formula has it."""
+    teacher, student = some_logits(5)
+    excluded = np.full((len(teacher), 1), -np.inf, "float32")
+    variable = tf.Variable(np.hstack([student, excluded]))
+    with tf.GradientTape() as tape:
+        loss = kdlib.distillation_loss(teacher_logits=np.hstack([teacher, excluded]),
+                                       student_logits=variable, temperature=4)
+    assert float(loss) == pytest.approx(loss64(teacher, student, 4), rel=1e-5)
+    p, q = (np.exp(log_softmax64(z, 4)) for z in (teacher, student))
+    want = np.hstack([4 * (q - p) / len(student), np.zeros_like(excluded)])
+    np.testing.assert_allclose(tape.gradient(loss, variable), want, rtol=1e-4, atol=1e-6)
+    assert np.isinf(kdlib.distillation_loss(
+        teacher_logits=[[1.0, 2.0]], student_logits=[[1.0, -np.inf]], temperature=4))
+
+
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_soften_agrees_with_float64(temperature):
     logits = some_logits(300)[0]
@@ -278,6 +294,9 @@ for scale in (0.01, 1.0, 30.0, 1000.0):
     rng = np.random.default_rng(0)
     teacher, student = rng.uniform(-scale, scale, (2, 32, 10)).astype("float32")
     for temperature in (0.5, 1, 4, 20, 100):
+        excluded = lambda logits: kdlib.distillation_loss(
+            teacher_logits=np.array([[0.0, -np.inf, 1.0]], "float32"), student_logits=logits,
+            temperature=temperature)
         loss = lambda logits: kdlib.distillation_loss(
             teacher_logits=teacher, student_logits=logits, temperature=temperature)
         if name == "torch":
@@ -292,6 +311,13 @@ for scale in (0.01, 1.0, 30.0, 1000.0):
         soft = keras.ops.convert_to_numpy(kdlib.soften(teacher, temperature))
         gradient = np.asarray(gradient)
         answers.append([scale, temperature, float(value), gradient.tolist(), soft.tolist()])
+        if name == "torch":
+            leaf = torch.tensor([[2.0, -np.inf, 0.0]], requires_grad=True)
+            excluded(leaf).backward()
+            gone = leaf.grad.numpy()
+        else:
+            gone = np.asarray(jax.grad(excluded)(jax.numpy.asarray([[2.0, -np.inf, 0.0]])))
+        assert np.isfinite(gone).all() and gone[0, 1] == 0, gone
 masked = kdlib.distillation_loss(teacher_logits=np.array([[0, -np.inf]], "float32"),
                                  student_logits=np.zeros((1, 2), "float32"), temperature=1)
 print(json.dumps([name, float(masked), answers]))

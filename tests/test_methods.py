@@ -493,6 +493,41 @@ def test_dkd_at_a_thousand_agrees_with_logarithms():
     assert float(dkd(teacher=teacher, student=student)) == pytest.approx(want, rel=1e-6)
 
 
+@pytest.mark.parametrize("label", [-1, -2, 3, 99, 1.5])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_dkd_has_no_own_class_for_an_unknown_label(label, compiled):
+    """Not that of another class. The loss of a known one is as ever."""
+    teacher, student = drawn((4, 3), (4, 3))
+    loss = tf.function(methods.dkd, jit_compile=True) if compiled else methods.dkd
+    for given in ([0, label, 2, 1], [[0], [label], [2], [1]]):
+        given = np.array(given, "float32" if label == 1.5 else "int32")
+        assert np.isnan(loss(teacher=teacher, student=student, labels=given))
+    given = np.array([0, 1, 2, 1], "int32")
+    np.testing.assert_allclose(loss(teacher=teacher, student=student, labels=given),
+                               methods.dkd(teacher=teacher, student=student, labels=given + 0.0))
+
+
+def test_dkd_needs_two_classes():
+    with pytest.raises(ValueError, match="have one class"):
+        methods.dkd(teacher=[[1.0]], student=[[2.0]], labels=[0])
+
+
+def test_a_vector_of_zeros_has_no_gradient_in_pkt():
+    """A student whose last ReLU is silent for an image. The original's gradient is nan."""
+    teacher, student = drawn((3, 4), (3, 2))
+    student[0] = 0
+    loss, (gradient,) = value_and_gradients(
+        lambda t, s: methods.pkt(teacher=t[0], student=s[0]), [teacher], [student])
+    assert agrees(loss, pkt64(teacher, student))
+    assert (gradient[0] == 0).all() and 0 < abs(gradient[1:]).max() < 10
+
+
+def test_hints_for_vectors():
+    teacher, student = drawn((3, 5), (3, 5))
+    np.testing.assert_allclose(methods.fitnet(teacher=teacher, student=student),
+                               np.mean((teacher.astype("float64") - student) ** 2), rtol=1e-6)
+
+
 def test_relations_ignore_scale_and_rkd_the_place():
     teacher, student = drawn((5, 4), (5, 6))
     for loss in (methods.sp, methods.rkd, methods.pkt):
