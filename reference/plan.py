@@ -92,7 +92,7 @@ FIVE, TEN = {"epochs": 5}, {"epochs": 10}
 def _published() -> list[Experiment]:
     """The rows behind notebooks 02 to 08."""
     one = "teacher-seed0"
-    table = _pairs() + _controls() + [
+    table = _pairs() + [
         # how long?
         Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
         Experiment("scratch-10-epochs", recipe=TEN),
@@ -219,9 +219,9 @@ def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> ker
 
 
 def _evidence() -> list[Experiment]:
-    """Parts D to G of PROTOCOL.md."""
+    """Parts C to G of PROTOCOL.md."""
     six = " ".join(f"teacher-seed{k}" for k in SIX)
-    table = [
+    table = _controls() + [
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
