@@ -17,7 +17,22 @@ def usual_students(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def compare(points: pd.DataFrame, pairs, *, diverged=()) -> pd.DataFrame:
-    """What one arm gains over another, with one error for all arms and seeds as blocks.
+    """What one arm gains over another: contrasts() of pairs.
+
+    Args:
+        points: as in contrasts().
+        pairs: (arm, other) of one family, as announced.
+        diverged: as in contrasts().
+
+    Returns a row for each pair, indexed by arm and over.
+    """
+    found = contrasts(points, {(arm, other): {arm: 1, other: -1} for arm, other in pairs},
+                      diverged=diverged)
+    return found.set_index(pd.MultiIndex.from_tuples(found.index, names=["arm", "over"]))
+
+
+def contrasts(points: pd.DataFrame, questions: dict, *, diverged=()) -> pd.DataFrame:
+    """Weighted sums of arms, with one error for all arms and seeds as blocks.
 
     A few pairs say little about the spread of their gains. All arms of a part together say more:
     what is left of the accuracies when arms and seeds are fitted by least squares (two-way layout
@@ -27,39 +42,52 @@ def compare(points: pd.DataFrame, pairs, *, diverged=()) -> pd.DataFrame:
     Args:
         points: accuracies in points, a row for each seed, a column for each arm; nan where an arm
             has no run with this seed.
-        pairs: (arm, other) of one family, as announced.
+        questions: the weights of each question of one family, as {name: {arm: weight}}. They sum
+            to 0.
         diverged: arms with a run that diverged. They take no part and have nan, but they count
             in the family.
 
-    Returns a row for each pair: gain of arm over other, low and high (95 % t interval), p for a
-    true gain of zero, holm (p corrected for the family), and spread, the standard deviation of
-    this pair's own gains. Raises ValueError if the arms leave no error to judge by.
+    Returns a row for each question: gain (the weighted sum), low and high (95 % t interval), p for
+    a true gain of zero, holm (p corrected for the family), and spread, the standard deviation of
+    the weighted sums of the seeds. Raises ValueError for other weights, for arms that leave no
+    error to judge by, or that no seeds connect.
     """
-    names = {name for pair in pairs for name in pair}
-    require(names <= {*points, *diverged}, f"pairs name {sorted(names - {*points, *diverged})}. "
-            f"points has {', '.join(map(str, points))}.")
-    long = points.drop(columns=list(diverged), errors="ignore").stack().dropna()
+    for name, weights in questions.items():
+        known = {*points, *diverged}
+        require(weights.keys() <= known, f"questions name {sorted(weights.keys() - known)}. points "
+                f"has {', '.join(map(str, points))}.")
+        require(abs(sum(weights.values())) < 1e-9, f"the weights of {name} are {weights}. They "
+                "have to sum to 0.")
+    judged = points.drop(columns=list(diverged), errors="ignore")
+    arms, design, fit, error, freedom = _two_way(judged)
+    inverse, rows = np.linalg.pinv(design.T @ design), []
+    for name, weights in questions.items():
+        if set(weights) & set(diverged):
+            rows.append(dict.fromkeys(("gain", "low", "high", "p", "spread"), np.nan))
+            continue
+        row = np.pad([weights.get(arm, 0.0) for arm in arms], (0, len(fit) - len(arms)))
+        require(np.allclose(row @ inverse @ design.T @ design, row), f"no seeds connect the arms "
+                f"of {name}. Give each arm a seed that another arm has, too.")
+        gain, reach = row @ fit, error * np.sqrt(row @ inverse @ row)
+        half = scipy.stats.t.ppf(0.975, freedom) * reach
+        each = (points[list(weights)] * pd.Series(weights)).sum(axis=1, skipna=False)
+        rows.append({"gain": gain, "low": gain - half, "high": gain + half,
+                     "p": 2 * scipy.stats.t.sf(abs(gain) / reach, freedom), "spread": each.std()})
+    found = pd.DataFrame(rows, pd.Index(list(questions), tupleize_cols=False))
+    return found.assign(holm=pd.Series(holm(found.p.fillna(1)), found.index).where(found.p.notna()))
+
+
+def _two_way(points: pd.DataFrame):
+    """The arms, the design (a row for each run; arms, then seeds), what least squares find, and
+    the standard deviation of what is left, with its degrees of freedom."""
+    long = points.stack().dropna()
     seeds, arms = (pd.get_dummies(long.index.get_level_values(k), dtype=float) for k in (0, 1))
     design = np.column_stack([arms, seeds.to_numpy()[:, 1:]])
     fit, _, rank, _ = np.linalg.lstsq(design, long.to_numpy(), rcond=None)
     squares, freedom = ((long - design @ fit) ** 2).sum(), len(long) - rank
     require(freedom > 0 and squares > 1e-9, f"points leave no error to judge by ({len(long)} runs, "
             f"sum of squares {squares:.1g}). Give at least two arms and two seeds that differ.")
-    covariance = np.linalg.pinv(design.T @ design) * squares / freedom
-    rows = []
-    for arm, other in pairs:
-        if arm in diverged or other in diverged:
-            rows.append(dict.fromkeys(("gain", "low", "high", "p", "spread"), np.nan))
-            continue
-        contrast = np.zeros(len(fit))
-        contrast[[arms.columns.get_loc(arm), arms.columns.get_loc(other)]] = 1, -1
-        gain, error = contrast @ fit, np.sqrt(contrast @ covariance @ contrast)
-        half = scipy.stats.t.ppf(0.975, freedom) * error
-        rows.append({"gain": gain, "low": gain - half, "high": gain + half,
-                     "p": 2 * scipy.stats.t.sf(abs(gain) / error, freedom),
-                     "spread": (points[arm] - points[other]).std()})
-    found = pd.DataFrame(rows, pd.MultiIndex.from_tuples(pairs, names=["arm", "over"]))
-    return found.assign(holm=pd.Series(holm(found.p.fillna(1)), found.index).where(found.p.notna()))
+    return arms.columns, design, fit, np.sqrt(squares / freedom), freedom
 
 
 def holm(p) -> np.ndarray:

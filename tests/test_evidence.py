@@ -69,11 +69,42 @@ def test_an_arm_that_diverged_has_no_verdict_and_counts_in_the_family():
 
 def test_what_cannot_be_judged_is_refused():
     points = some("abc")
-    with pytest.raises(ValueError, match="pairs name .'x'.. points has a, b, c"):
+    with pytest.raises(ValueError, match="questions name .'x'.. points has a, b, c"):
         evidence.compare(points, [("x", "a")])
     for few in (points[:1], points[["a"]], points * 0 + 88, points * 0 + [88, 89, 90]):
         with pytest.raises(ValueError, match="no error to judge by"):
             evidence.compare(few, over("a", few))
+
+
+def test_weights_that_do_not_sum_to_zero_compare_nothing():
+    for weights in ({"a": 1}, {"a": 1, "b": -0.5}):
+        with pytest.raises(ValueError, match="weights of mean are .*sum to 0"):
+            evidence.contrasts(some("abc"), {"mean": weights})
+    with pytest.raises(ValueError, match="have to sum to 0"):
+        evidence.compare(some("abc"), [("a", "a")])
+
+
+def test_arms_that_no_seed_connects_are_not_compared():
+    """Least squares would answer all the same."""
+    points = some("abcd", seeds=6)
+    points.loc[:2, ["c", "d"]] = np.nan
+    points.loc[3:, ["a", "b"]] = np.nan
+    assert evidence.compare(points, [("b", "a"), ("c", "d")]).notna().all(axis=None)
+    with pytest.raises(ValueError, match="no seeds connect the arms of .'c', 'a'."):
+        evidence.compare(points, [("b", "a"), ("c", "a")])
+    points.loc[0, "c"] = 88.0  # now one does
+    assert evidence.compare(points, [("c", "a")]).low.notna().all()
+
+
+def test_an_interaction_has_the_formula_of_a_contrast():
+    """The endpoint of part J."""
+    points, weights = some("abcd", seeds=3), {"a": 0.5, "b": -0.5, "c": -0.5, "d": 0.5}
+    each = points @ pd.Series(weights)
+    left = points.sub(points.mean(axis=1), axis=0) - points.mean() + points.to_numpy().mean()
+    error = np.sqrt(sum(w**2 for w in weights.values()) / 3 * (left**2).sum().sum() / 6)
+    found = evidence.contrasts(points, {"interaction": weights}).loc["interaction"]
+    np.testing.assert_allclose(found[["gain", "spread"]], [each.mean(), each.std()])
+    np.testing.assert_allclose(found.high - found.gain, scipy.stats.t.ppf(0.975, 6) * error)
 
 
 def test_the_interval_holds_what_it_promises():
