@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.special
+import scipy.stats
 import tensorflow as tf
 from conftest import CIFAR10, ROOT
 from test_claims import unexplained
@@ -505,9 +506,11 @@ def points(method, bits, epochs=quantisation.EPOCHS):
     return 100 * (wide[method, bits] - wide["float", 32])
 
 
-def more_epochs(teaches):
-    """What two more epochs gave at 4 bits, mean, in points."""
-    return (points(f"aware-{teaches}", 4) - points(f"aware-{teaches}", 4, 1)).mean()
+def labels_ahead(epochs):
+    """Of soft labels, at 4 bits: mean and 95 % interval, with notebook 08's floor of 0.28."""
+    ahead = points("aware-labels", 4, epochs) - points("aware-distilled", 4, epochs)
+    half = scipy.stats.t.ppf(0.975, len(ahead) - 1) * max(ahead.std(), 0.28) / len(ahead)**0.5
+    return tuple(round(x, 2) for x in (ahead.mean(), ahead.mean() - half, ahead.mean() + half))
 
 
 def compared(column):
@@ -550,7 +553,7 @@ CLAIMS = {
                     for name in quantisation.CHOSEN)
         and points("aware-distilled", 4).mean() / points("post-training", 4).mean()
         == pytest.approx(0.1, abs=0.01),
-    "hard labels win back more":
+    "hard labels win back at least as much":
         lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all(),
     "Three more epochs help an unrounded student as well":
         lambda: all(points(f"float-{name}", 32).mean() > 0.1 for name in quantisation.CHOSEN),
@@ -561,11 +564,14 @@ CLAIMS = {
     "After them 0.2 to 0.4 points are missing, after soft labels 0.7 to 1.3":
         lambda: [round(points(f"aware-{name}", 4).agg(end), 1) for name in ("labels", "distilled")
                  for end in (max, min)] == [-0.2, -0.4, -0.7, -1.3],
-    "With two more epochs, hard labels gained 0.9 points, and soft labels nothing":
-        lambda: more_epochs("labels") == pytest.approx(0.9, abs=0.1)
-        and -0.3 < more_epochs("distilled") <= 0,
+    "By the rule of notebook 08 that is just *open*: three seeds, 0.71 points on average, 95 % "
+    "interval -0.04 to 1.47":
+        lambda: labels_ahead(3) == (0.71, -0.04, 1.47),
+    "So either the number of epochs reversed the order, or both orders were luck: that first one "
+    "is *open*, too":
+        lambda: (found := labels_ahead(1)) and found[0] < 0 and found[1] < 0 < found[2],
     "It was 0.001 for both": lambda: set(quantisation.CHOSEN.values()) == {0.001},
-    "Hard labels are ahead in each of the three seeds, and they are ahead without rounding, too":
+    "So hard labels are ahead in each of the three seeds, and without rounding, too":
         lambda: all(len(ahead := points(f"{arm}-labels", bits) - points(f"{arm}-distilled", bits))
                     == 3 and (ahead > 0).all() for arm, bits in (("aware", 4), ("float", 32))),
     "There the teacher was ahead in each seed":
@@ -574,8 +580,8 @@ CLAIMS = {
     "Both arms have that same rate now":
         lambda: set(QUANTISATION[(QUANTISATION.epochs == 1) & (QUANTISATION.seed < 100)]
                     .learning_rate) == set(quantisation.CHOSEN.values()),
-    "three epochs of quantisation-aware training win most of them back. Hard labels did that "
-    "better than the teacher":
+    "three epochs of quantisation-aware training win most of them back. Hard labels did that at "
+    "least as well as the teacher":
         lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all(),
     "The teacher in int8 is nearly as fast as the distilled student in float32, 3.4 points "
     "better, and 1.7 times as large":
@@ -587,7 +593,7 @@ CLAIMS = {
             "distilled", "litert-int8").latency_ms == pytest.approx(3.4, abs=0.3)
         and shipped("teacher", "litert-int8").kib / shipped(
             "distilled", "litert-int8").kib == pytest.approx(6, abs=0.2),
-    "what the teacher gave *this pair*: 0.2 points in float32, 0.4 in int8":
+    "is the gain of *this pair*, 0.2 points in float32 and 0.4 in int8, and it may be luck":
         lambda: [round(100 * (shipped("distilled", f"litert-{kind}").accuracy - shipped(
             "scratch", f"litert-{kind}").accuracy), 1) for kind in ("float32", "int8")]
         == [0.2, 0.4],
@@ -629,7 +635,7 @@ CLAIMS = {
             "distilled", "litert-int8").accuracy < 0.003,
     "**Calibrating on test images** gives no better accuracy here":
         lambda: calibrated("test images: 200") <= calibrated("training images: 200"),
-    "int8-weights gives another answer to 3 of the 1,000 images, and int8 to 14, while the "
+    "int8-weights gives a different answer on 3 of the 1,000 images, and int8 on 14, while the "
     "number of right answers even rises, by 2 and by 7":
         lambda: [(round(10 * (float(right) - 88)), round(10 * (100 - float(alike))))
                  for right, alike in printed(r"int8(?:-weights)? +([\d.]+)% +([\d.]+)% ")]
@@ -702,11 +708,11 @@ NOT_MEASURED = {
     "what rounding the weights costs, and": "a legend", "the same student as published": "a legend",
     "8 bits leave little to win back": "the claim after it", "Train only where": "advice",
     "rounding alone costs between": "a claim above", "Rounding to 4 bits costs": "a claim above",
-    "Hard labels did that better": "a claim above",
+    "Hard labels did that at": "a claim above",
     "have the same latency, and what": "a question", "Yes: ten images lose": "test_10_2",
     "agrees with Keras more often": "test_10_2", "can only widen the ranges": "arithmetic",
     "They are the same network": "what they are", "can't be paid back by faster": "arithmetic",
-    "are a first guess": "says what isn't known", "may turn the answer round": "a possibility",
+    "are a first guess": "says what isn't known",
 }
 
 
