@@ -1,7 +1,7 @@
 """Every row of results.csv as data: what it is, which settings, which seeds.
 
-experiments.py makes the rows. PROTOCOL.md announces those of _recipe_choice, _evidence,
-_many_machines, _methods and _architectures before they are made.
+experiments.py makes the rows. PROTOCOL.md announces those of _pairs, _controls, _recipe_choice,
+_evidence, _many_machines, _methods and _architectures before they are made.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ FIVE, TEN = {"epochs": 5}, {"epochs": 10}
 def _published() -> list[Experiment]:
     """The rows behind notebooks 02 to 08."""
     one = "teacher-seed0"
-    table = _pairs() + [
+    table = _pairs() + _controls() + [
         # how long?
         Experiment("scratch-5-epochs", TRIPLE, recipe=FIVE),
         Experiment("scratch-10-epochs", recipe=TEN),
@@ -158,9 +158,6 @@ def _digits() -> list[Experiment]:
         Experiment("distilled-no-labels", teacher=one, alpha=0.0, weights=True),
         Experiment("scratch-sgd", weights=True,
                    recipe={"optimizer": "sgd", "learning_rate": 0.03, "weight_decay": 5e-3}),
-        Experiment("distilled-7-epochs-smoothing", TRIPLE, teacher=one, control="smoothed"),
-        Experiment("distilled-7-epochs-shuffled", TRIPLE, teacher=one, control="shuffled"),
-        Experiment("distilled-7-epochs-twin", TRIPLE, teacher="scratch-seed0"),
         *(Experiment("distilled-out-of-step", teacher=one, control="out_of_step", alpha=alpha,
                      weights=True) for alpha in (0.1, 0.9)),
         Experiment("scratch-90-epochs", TRIPLE, recipe={"epochs": 90}),
@@ -219,9 +216,9 @@ def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> ker
 
 
 def _evidence() -> list[Experiment]:
-    """Parts C to G of PROTOCOL.md."""
+    """Parts D to G of PROTOCOL.md."""
     six = " ".join(f"teacher-seed{k}" for k in SIX)
-    table = _controls() + [
+    table = [
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import scipy.stats
-from claims import CLAIMS, NOT_MEASURED, TABLE, page
+from claims import CLAIMS, CONTROLS, NOT_MEASURED, TABLE, over_scratch, page, part_c, teachers_lead
 from conftest import CIFAR10, ROOT
 
 COMPARES = re.compile(
@@ -78,3 +78,20 @@ def test_the_table_of_part_b_is_that_of_the_rows():
     assert f"pair 5 lost {-on_val[5]:.2f}" in text and (on_val.drop(5) > 0).all()
     first = TABLE[(TABLE.method == "distilled-one-teacher") & (TABLE.dataset == "cifar10")]
     assert f"had {100 * first.test_accuracy.iloc[0]:.2f} instead of {six.distilled[0]:.2f}" in text
+
+
+def test_the_table_of_part_c_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().partition("### C. What the gain")[2]
+    for arm in CONTROLS:
+        row = f"| {arm.removeprefix('distilled-')} |"
+        for found in (over_scratch(), teachers_lead()):
+            each = found.loc[arm]
+            p = "< 0.001" if each.holm < 0.001 else f"{each.holm:.3f}"
+            row += f" {each.gain:.2f}, {each.low:.2f} to {each.high:.2f} | {p} |"
+        assert row in text
+    assert part_c().shape == (5, 7) and part_c().notna().all(axis=None)
+    hours = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(CONTROLS)].seconds.sum() / 3600
+    assert f"took {hours:.1f} hours (column seconds; two" in text
+    on_val = part_c(part="val").sub(part_c(part="val").scratch, axis=0)[CONTROLS].mean()
+    assert f"(by {-on_val.max():.2f} to {-on_val.min():.2f} points)" in text
+    assert f"teacher lies below it by {-over_scratch().gain['distilled-twin']:.2f}." in text

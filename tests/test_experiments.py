@@ -128,7 +128,7 @@ def test_an_interrupt_while_publishing_leaves_nothing_half(make, monkeypatch):
 
 def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
     """And by what they call: another rule for softening is another control."""
-    each, seed = experiments.run_of("digits-distilled-7-epochs-shuffled-seed0")
+    each, seed = experiments.run_of("digits-distilled-shuffled-seed0")
     assert experiments.notes_of(each, seed)
     for change in ({"control": "evened"}, {"control": None}, {"signal": "mirrored"},
                    {"labels": 50}, {"wrong": 20}, {"hide": False},
