@@ -52,8 +52,8 @@ def contrasts(points: pd.DataFrame, questions: dict, *, diverged=()) -> pd.DataF
     the weighted sums of the seeds. Raises ValueError for other weights, for arms that leave no
     error to judge by, or that no seeds connect.
     """
+    known = {*points, *diverged}
     for name, weights in questions.items():
-        known = {*points, *diverged}
         require(weights.keys() <= known, f"questions name {sorted(weights.keys() - known)}. points "
                 f"has {', '.join(map(str, points))}.")
         require(abs(sum(weights.values())) < 1e-9, f"the weights of {name} are {weights}. They "

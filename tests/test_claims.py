@@ -81,7 +81,7 @@ def test_the_table_of_part_b_is_that_of_the_rows():
 
 
 def test_the_table_of_part_c_is_that_of_the_rows():
-    text = (ROOT / "reference" / "PROTOCOL.md").read_text().partition("### C. What the gain")[2]
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### C. What the gain")[2]
     for arm in CONTROLS:
         row = f"| {arm.removeprefix('distilled-')} |"
         for found in (over_scratch(), teachers_lead()):

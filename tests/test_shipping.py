@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.special
-import scipy.stats
 import tensorflow as tf
+from claims import IMAGES_ALONE, at_least
 from conftest import CIFAR10, ROOT
 from test_claims import unexplained
 from test_distiller import tiny
@@ -507,10 +507,10 @@ def points(method, bits, epochs=quantisation.EPOCHS):
 
 
 def labels_ahead(epochs):
-    """Of soft labels, at 4 bits: mean and 95 % interval, with notebook 08's floor of 0.28."""
+    """Of soft labels, at 4 bits: mean and 95 % interval, with notebook 08's floor."""
     ahead = points("aware-labels", 4, epochs) - points("aware-distilled", 4, epochs)
-    half = scipy.stats.t.ppf(0.975, len(ahead) - 1) * max(ahead.std(), 0.28) / len(ahead)**0.5
-    return tuple(round(x, 2) for x in (ahead.mean(), ahead.mean() - half, ahead.mean() + half))
+    low, high = at_least(IMAGES_ALONE, ahead).interval(0.95)
+    return tuple(round(x, 2) for x in (ahead.mean(), low, high))
 
 
 def compared(column):
