@@ -58,10 +58,10 @@ def _norm(x, axis=-1):
     return ops.where(square > 0, ops.sqrt(ops.where(square > 0, square, 1.0)), 0.0)
 
 
-def _unit(x, axis=-1):
-    """x / |x|, and 0 for 0."""
+def _unit(x, axis=-1, *, epsilon=0.0):
+    """x / (|x| + epsilon), and 0 for 0."""
     norm = _norm(x, axis)
-    return x * ops.where(norm > 0, 1 / ops.maximum(norm, 1e-12), 0.0)
+    return x * ops.where(norm > 0, 1 / ops.maximum(norm + epsilon, 1e-12), 0.0)
 
 
 def _mean_square(x):
@@ -175,8 +175,7 @@ def pkt(*, teacher, student):
 
     Vectors of any two widths. Passalis and Tefas 2018, section 3; RepDistiller PKT.py.
     """
-    rows = [_flat(x) for x in _floats(teacher, student)]
-    rows = [x * ops.where(_norm(x) > 0, 1 / (_norm(x) + 1e-7), 0.0) for x in rows]
+    rows = [_unit(_flat(x), epsilon=1e-7) for x in _floats(teacher, student)]
     p, q = ((ops.matmul(x, ops.transpose(x)) + 1) / 2 for x in rows)
     p, q = (x / ops.sum(x, axis=1, keepdims=True) for x in (p, q))
     return ops.mean(p * ops.log((p + 1e-7) / (q + 1e-7)))
