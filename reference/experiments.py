@@ -69,20 +69,17 @@ class Maker:
 
     def settings(self, each: Experiment, seed: int, **more) -> dict:
         """What train_or_load needs, its teacher included."""
-        data, answers, recipe = self.data(each.dataset), None, each.full_recipe()
-        teacher = self.teacher(each, seed, **more)
-        if each.control:
-            change = CONTROLS[each.control]
-            answers = [change(logits, data.y_train, each.temperature)
-                       for logits in runs.teacher_answers(teacher, data, recipe)]
+        data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
+        kdlib.require(each.labels == 100 or not each.control, f"{each.method}: a control needs the "
+                      "label of every image.")
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
         if each.wrong:
             data = wrong_labels(data, each.wrong)
-        return dict(method=each.method, dataset=data, teacher=teacher, answers=answers,
-                    build=each.build, temperature=each.temperature, alpha=each.alpha,
-                    recipe=recipe, seed=seed, taught_by=each.taught_by(seed),
-                    trainer=each.trainer())
+        return dict(method=each.method, dataset=data, teacher=teacher,
+                    answers=CONTROLS.get(each.control), build=each.build,
+                    temperature=each.temperature, alpha=each.alpha, recipe=each.full_recipe(),
+                    seed=seed, taught_by=each.taught_by(seed), trainer=each.trainer())
 
     def make(self, each: Experiment, seed: int, **more) -> runs.Run:
         settings, missing = self.settings(each, seed, **more), notes_of(each, seed) is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dis
 import functools
 import hashlib
 import inspect
@@ -16,6 +17,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import tensorflow as tf
+from kdlib import require
 
 
 def text(value) -> str:
@@ -41,8 +43,8 @@ def data_digest(dataset) -> str:
                     for part in ("train", "val", "test")))
 
 
-def model_digest(model) -> str:
-    return digest(architecture(model), *model.get_weights())
+def model_digest(model) -> str | None:
+    return None if model is None else digest(architecture(model), *model.get_weights())
 
 
 def architecture(model) -> str:
@@ -95,6 +97,37 @@ def with_helpers(*code) -> list:
                 found[part] = None
                 queue.append((part, part.__code__))
     return [*code, *sorted(list(found)[len(code):], key=lambda part: part.__qualname__)]
+
+
+def answers_digest(answers) -> str | None:
+    """Of arrays their content. Of a function what it does: its code and helpers, and what
+    functools.partial binds. Raises TypeError, ValueError for a function whose text does not tell.
+    """
+    if answers is None or not callable(answers):
+        return None if answers is None else digest(*answers)
+    plain = getattr(answers, "func", answers)
+    require(inspect.isfunction(plain) and plain.__name__ != "<lambda>", f"answers are {answers!r}. "
+            "Give arrays, or a function that has a name.", TypeError)
+    functions = with_helpers(plain)
+    for each in functions:
+        loose = [*each.__code__.co_freevars, *(key for key in _read_names(each.__code__)
+                                               if _is_data(each.__globals__.get(key, dis)))]
+        require(not loose and not each.__defaults__ and not each.__kwdefaults__, "answers are made "
+                f"by {each.__name__}, which reads {', '.join(loose) or 'a default'}: its code does "
+                "not tell the value. Write it into the function, or bind it: functools.partial.")
+    settings = getattr(answers, "args", ()), getattr(answers, "keywords", {})
+    return digest(json.dumps(settings), code_digest(*functions))
+
+
+def _read_names(block) -> set[str]:
+    """The global names that a function reads, functions inside it included."""
+    inside = (_read_names(each) for each in block.co_consts if inspect.iscode(each))
+    return {step.argval for step in dis.get_instructions(block)
+            if step.opname == "LOAD_GLOBAL"}.union(*inside)
+
+
+def _is_data(value) -> bool:
+    return not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value))
 
 
 @functools.cache  # of the code that was imported: a file edited later does not change it

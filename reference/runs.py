@@ -99,9 +99,9 @@ class Task:
             default build_teacher or build_student: images of 32 x 32 x 3, ten classes.
         teacher: a Run or a Keras model. A distilled student learns from it; others use it
             only to measure agreement.
-        answers: the logits that the student learns from, instead of the teacher's own: one
-            array (images, classes) for each view of the recipe. Another framework's teacher,
-            an average of several, a control. With answers, any method is a distilled one.
+        answers: the logits that the student learns from, instead of the teacher's own: one array
+            (images, classes) for each view of the recipe, or a function (logits, labels,
+            temperature) that changes the teacher's. With answers, any method is a distilled one.
         temperature, alpha: see Distiller; only a distilled run uses them.
         recipe: by default ``recipe_for(dataset, method)``.
         seed: decides first weights, order of batches and Dropout.
@@ -123,7 +123,7 @@ class Task:
         usual = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
         self.model = (build or usual)()
         self.first_answers = _check_fits("build's model", self.model, dataset)
-        by_teacher = self.distilled and (answers is None or trainer is not None)
+        by_teacher = self.distilled and (not isinstance(self.answers, list) or trainer is not None)
         self.spec = {
             "code": CODE, "dataset": dataset.name, "data": fingerprints.data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
@@ -132,7 +132,7 @@ class Task:
             "temperature": kdlib._number("temperature", temperature) if self.distilled else None,
             "alpha": kdlib._number("alpha", alpha) if self.distilled else None,
             "teacher": fingerprints.model_digest(self.teacher) if by_teacher else None,
-            "answers": None if answers is None else fingerprints.digest(*self.answers),
+            "answers": fingerprints.answers_digest(self.answers),
         }
         if trainer is not None:
             self.spec["trainer"] = fingerprints.identity_of(trainer)
@@ -156,7 +156,10 @@ class Task:
                 "learns from labels alone. Leave those images out.")
         if self.teacher is not None:
             _check_fits("teacher", self.teacher, self.dataset)
-        if self.answers is not None:
+        if callable(self.answers):
+            require(self.teacher is not None and self.recipe.views, "answers are a function of a "
+                    "teacher's stored logits. Pass a teacher, and a recipe with views.")
+        elif self.answers is not None:
             self.answers = measures.check_answers(self.answers, self.recipe, (len(labels), classes))
 
     def load(self, *, published: bool) -> Run | None:
@@ -212,13 +215,14 @@ class Task:
                         temperature=self.spec["temperature"])
         trainer = (self.make_trainer(**settings, labels=data.y_train) if self.make_trainer
                    else kdlib.Distiller(**settings))
-        if answers is None and self.recipe.views:
-            answers = teacher_answers(self.teacher, data, self.recipe)
+        if answers is None or callable(answers):  # no views: it is asked live
+            answers = teacher_answers(self.teacher, data, self.recipe) or None
+        if callable(change := self.answers):
+            made = [change(each, data.y_train, self.spec["temperature"]) for each in answers]
+            answers = measures.check_answers(made, self.recipe, answers[0].shape)
         answers = self.make_trainer.lend(answers) if self.make_trainer else answers
-        if self.teacher is not None:
-            judged = stored_answers(self.teacher, data, "val")
-        else:  # nobody to be compared with: see finish
-            judged = np.zeros((len(data.y_val), len(data.class_names)), "float32")
+        judged = (np.zeros((len(data.y_val), len(data.class_names)), "float32")
+                  if self.teacher is None else stored_answers(self.teacher, data, "val"))
         return trainer, ((data.x_val, judged), data.y_val), answers
 
     def finish(self, keeper) -> Run:
@@ -245,9 +249,9 @@ class Task:
                "model": re.sub(r"_\d+$", "", model.name), "parameters": model.count_params(),
                "seconds": round(sum(history.get("seconds", ()))), "machine": keeper.machines[-1],
                "versions": fingerprints.libraries()}
-        judge = None if self.teacher is None else fingerprints.model_digest(self.teacher)
         return {"spec": self.spec, "row": {key: row.get(key) for key in RESULT_COLUMNS},
-                "history": history, "machines": keeper.machines, "judge": judge}
+                "history": history, "machines": keeper.machines,
+                "judge": fingerprints.model_digest(self.teacher)}
 
     def _diverged(self, keeper) -> FloatingPointError:
         """The error to raise. It is kept: the same training would diverge again."""
@@ -319,8 +323,7 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is "
                       f"{fingerprints.libraries()}. KD_RETRAIN=1 trains it anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
-    judge = None if task.teacher is None else fingerprints.model_digest(task.teacher)
-    if judge != found["judge"]:
+    if fingerprints.model_digest(task.teacher) != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
     return Run(model, found["history"], row, logits, notes.parent)
 
@@ -345,8 +348,8 @@ def teacher_answers(teacher, dataset, recipe: Recipe) -> list[np.ndarray]:
     hand each time. Source: teacher and student see the same views (Beyer et al. 2022); stored
     answers: Shen and Xing 2022.
     """
-    views = range(min(recipe.views, recipe.epochs))
-    bar = tqdm(views, desc="teacher's answers", unit="view", leave=False, delay=2)
+    bar = tqdm(range(min(recipe.views, recipe.epochs)), desc="teacher's answers", unit="view",
+               leave=False, delay=2)
     return [stored_answers(teacher, dataset, view, recipe) for view in bar]
 
 

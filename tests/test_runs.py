@@ -4,11 +4,13 @@ from reference import controls, fingerprints, measures  # isort: skip  (first: k
 from reference import plan, recipes, resume, runs, store  # isort: skip
 import ast
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import filelock
 import kdlib
@@ -332,6 +334,71 @@ def test_answers_are_known_by_their_content(data, folder):
         other = train(data, method="mine", answers=answers_of(teacher, data, np.negative))
         assert np.any(other.model.get_weights()[0] != plain.model.get_weights()[0])
     assert len(list(folder.glob("digits-mine*"))) == 2
+
+
+def turned(logits, labels, temperature):
+    return temperature * _less(logits)
+
+
+def _less(logits):
+    return -logits / 4
+
+
+def with_a_constant(logits, labels, temperature):
+    return logits * len(labels) * LIMIT
+
+
+LIMIT = 3.0
+
+
+@pytest.mark.slow
+def test_answers_may_be_a_function_known_by_its_code(data, folder):
+    teacher, changed = tiny(8), functools.partial(controls.top, k=2)
+    for function in (turned, changed):  # its helpers count, and so does what partial binds
+        made = train(data, method="mine", teacher=teacher, answers=function)
+        arrays = [function(logits, data.y_train, 4.0) for logits in answers_of(teacher, data)]
+        assert_same_weights(made, train(data, method="mine-too", answers=arrays))
+    with mock.patch.object(runs, "teacher_answers", side_effect=AssertionError("asked again")):
+        train(data, method="mine", teacher=teacher, answers=turned)
+    specs = [runs.Task("mine", data, teacher=teacher, answers=each, build=tiny).spec for each in (
+        turned, changed, functools.partial(controls.top, k=3), controls.shuffled)]
+    assert len({spec["answers"] for spec in specs}) == 4
+    other = runs.Task("mine", data, teacher=tiny(6), answers=turned, build=tiny).spec
+    assert other["answers"] == specs[0]["answers"] and other["teacher"] != specs[0]["teacher"]
+
+
+def closing_over(factor):
+    def scaled(logits, labels, temperature):
+        return factor * logits
+    return scaled
+
+
+def by_default(logits, labels, temperature, factor=2):
+    return factor * logits
+
+
+@pytest.mark.parametrize("function, error, said", [
+    (lambda logits, labels, temperature: logits, TypeError, "answers are <function <lambda>"),
+    (tiny(8), TypeError, "answers are <Functional"),
+    (with_a_constant, ValueError, "by with_a_constant, which reads LIMIT: its code does not tell"),
+    (closing_over(2), ValueError, "by scaled, which reads factor: its code"),
+    (by_default, ValueError, "by by_default, which reads a default: its code"),
+])
+def test_functions_whose_code_does_not_tell_what_they_do(data, function, error, said):
+    with pytest.raises(error, match=said):
+        train(data, method="mine", teacher=tiny(8), answers=function)
+
+
+def test_a_function_of_the_teachers_answers_needs_some(data):
+    for settings in ({"teacher": None}, {"teacher": tiny(8), "recipe": replace(RECIPE, views=0)}):
+        with pytest.raises(ValueError, match="answers are a function of a teacher's stored logits"):
+            train(data, method="mine", answers=turned, **settings)
+
+    def short(logits, labels, temperature):
+        return logits[:, :9]
+
+    with pytest.raises(ValueError, match="answers are 2 of shapes"):
+        train(data, method="mine", teacher=tiny(8), answers=short)
 
 
 @pytest.mark.parametrize("change, said", [
