@@ -25,7 +25,9 @@ def predict_logits(model, images: np.ndarray, *, role: str = "model", codes=None
     for k in range(0, len(images), 20 * size):  # no more than these are copied
         some = images[k : k + 20 * size]
         some = some if codes is None else kdlib.augment(some, codes[k : k + 20 * size])
-        parts.append(model.predict(some, batch_size=size, verbose=0))
+        few = len(some) <= 8  # not worth compiling a graph for them
+        parts.append(np.asarray(model(some, training=False)) if few else
+                     model.predict(some, batch_size=size, verbose=0))
     return np.concatenate(parts).astype("float32", copy=False)
 
 

@@ -58,11 +58,11 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_three_kills_at_random_moments(undisturbed, tmp_path):
+def test_two_kills_at_random_moments(undisturbed, tmp_path):
     (whole, length), killed = undisturbed, tmp_path / "killed.npz"
     seed = 2531
     chance, kills = random.Random(seed), 0
-    while kills < 3:
+    while kills < 2:
         process = start(tmp_path / "killed", killed)
         try:
             process.wait(timeout=chance.uniform(0, 0.8 * length))
@@ -70,7 +70,7 @@ def test_three_kills_at_random_moments(undisturbed, tmp_path):
             process.send_signal(signal.SIGKILL)
             process.wait()
             kills += 1
-        else:  # it finished between kills: begin anew, the three are not yet full
+        else:  # it finished between kills: begin anew, the two are not yet full
             assert process.returncode == 0, process.stderr.read()
             same(whole, killed, seed)
             for path in (tmp_path / "killed").glob("digits-*/model.*"):
