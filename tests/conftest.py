@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Three processes share the cores (pyproject.toml). More threads would only wait for each other.
+# Several processes share the cores (pyproject.toml). More threads would only wait for each other.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR10 = ROOT / Path(os.environ.get("KD_DATA_DIR") or "data").expanduser() / "cifar10.npz"
