@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-# Several processes share the cores (pyproject.toml). More threads would only wait for each other.
+# Three processes share the cores (pyproject.toml). More threads would only wait for each other.
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR10 = ROOT / Path(os.environ.get("KD_DATA_DIR") or "data").expanduser() / "cifar10.npz"
@@ -17,10 +17,13 @@ def notebook_runs(tmp_path_factory):
     return tmp_path_factory.mktemp("runs")
 
 
-LONGEST = ("test_strict", "test_digits", "test_browser", "test_kill")
+# The longest files first: a file stays in one process, and nobody waits for it at the end. Each of
+# the three processes takes two files at once, so the second three are short ones.
+FIRST = ("test_strict", "test_distiller", "test_runs", "test_evidence", "test_search",
+         "test_scaling", "test_features", "test_experiments", "test_digits", "test_browser",
+         "test_kill", "test_parallel", "test_shipping", "test_exercises", "test_methods")
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: a file stays in one process, and nobody waits for it at the end."""
-    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST
-               else len(LONGEST))
+    items.sort(key=lambda item: FIRST.index(item.path.stem) if item.path.stem in FIRST
+               else len(FIRST))
