@@ -100,8 +100,10 @@ def with_helpers(*code) -> list:
 
 
 def answers_digest(answers) -> str | None:
-    """Of arrays their content. Of a function what it does: its code and helpers, and what
-    functools.partial binds. Raises TypeError, ValueError for a function whose text does not tell.
+    """Of arrays their content. Of a function what it does: its code, its helpers, and what
+    functools.partial binds. Other modules count as libraries.
+
+    Raises TypeError, ValueError for a function of which that does not tell what it does.
     """
     if answers is None or not callable(answers):
         return None if answers is None else digest(*answers)
@@ -110,13 +112,17 @@ def answers_digest(answers) -> str | None:
             "Give arrays, or a function that has a name.", TypeError)
     functions = with_helpers(plain)
     for each in functions:
-        loose = [*each.__code__.co_freevars, *(key for key in _read_names(each.__code__)
-                                               if _is_data(each.__globals__.get(key, dis)))]
+        known = {key: each.__globals__.get(key, dis) for key in _read_names(each.__code__)}
+        loose = [*each.__code__.co_freevars, *(key for key, value in known.items()
+                                               if not _is_told(value, each.__module__))]
         require(not loose and not each.__defaults__ and not each.__kwdefaults__, "answers are made "
                 f"by {each.__name__}, which reads {', '.join(loose) or 'a default'}: its code does "
                 "not tell the value. Write it into the function, or bind it: functools.partial.")
-    settings = getattr(answers, "args", ()), getattr(answers, "keywords", {})
-    return digest(json.dumps(settings), code_digest(*functions))
+    bound = getattr(answers, "args", ()), getattr(answers, "keywords", {})
+    try:
+        return digest(json.dumps(bound), code_digest(*functions))
+    except TypeError as error:
+        raise TypeError(f"answers bind {bound}: {error}. Bind numbers and words.") from None
 
 
 def _read_names(block) -> set[str]:
@@ -126,8 +132,11 @@ def _read_names(block) -> set[str]:
             if step.opname == "LOAD_GLOBAL"}.union(*inside)
 
 
-def _is_data(value) -> bool:
-    return not (inspect.isroutine(value) or inspect.isclass(value) or inspect.ismodule(value))
+def _is_told(value, module: str) -> bool:
+    """Whether a global is covered: a function, a module, or what another module defines."""
+    own = getattr(value, "__module__", None) == module
+    return inspect.isfunction(value) or inspect.ismodule(value) or (
+        not own and (inspect.isroutine(value) or inspect.isclass(value)))
 
 
 @functools.cache  # of the code that was imported: a file edited later does not change it

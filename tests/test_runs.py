@@ -351,6 +351,23 @@ def with_a_constant(logits, labels, temperature):
 LIMIT = 3.0
 
 
+@functools.cache
+def _limit():
+    return LIMIT
+
+
+class Limit:
+    value = 3.0
+
+
+def with_a_cache(logits, labels, temperature):
+    return [logits * _limit() for _ in range(1)][0]
+
+
+def with_a_class(logits, labels, temperature):
+    return logits * Limit.value
+
+
 @pytest.mark.slow
 def test_answers_may_be_a_function_known_by_its_code(data, folder):
     teacher, changed = tiny(8), functools.partial(controls.top, k=2)
@@ -381,6 +398,9 @@ def by_default(logits, labels, temperature, factor=2):
     (lambda logits, labels, temperature: logits, TypeError, "answers are <function <lambda>"),
     (tiny(8), TypeError, "answers are <Functional"),
     (with_a_constant, ValueError, "by with_a_constant, which reads LIMIT: its code does not tell"),
+    (with_a_cache, ValueError, "by with_a_cache, which reads _limit: its code does not tell"),
+    (with_a_class, ValueError, "by with_a_class, which reads Limit: its code does not tell"),
+    (functools.partial(controls.top, k=np.arange(2)), TypeError, "answers bind .*Bind numbers"),
     (closing_over(2), ValueError, "by scaled, which reads factor: its code"),
     (by_default, ValueError, "by by_default, which reads a default: its code"),
 ])
