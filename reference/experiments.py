@@ -69,9 +69,9 @@ class Maker:
 
     def settings(self, each: Experiment, seed: int, **more) -> dict:
         """What train_or_load needs, its teacher included."""
-        data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
         kdlib.require(each.labels == 100 or not each.control, f"{each.method}: a control needs the "
                       "label of every image.")
+        data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
         if each.wrong:

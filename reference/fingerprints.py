@@ -105,8 +105,10 @@ def answers_digest(answers) -> str | None:
 
     Raises TypeError, ValueError for a function of which that does not tell what it does.
     """
-    if answers is None or not callable(answers):
-        return None if answers is None else digest(*answers)
+    if answers is None:
+        return None
+    if not callable(answers):
+        return digest(*answers)
     plain = getattr(answers, "func", answers)
     require(inspect.isfunction(plain) and plain.__name__ != "<lambda>", f"answers are {answers!r}. "
             "Give arrays, or a function that has a name.", TypeError)
