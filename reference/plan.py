@@ -6,15 +6,13 @@ _evidence, _many_machines, _methods and _architectures before they are made.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
-import keras
-from keras import layers
 
+from reference import networks
 from reference.controls import TOP
 
 # --- the table ------------------------------------------------------------------------
@@ -180,7 +178,7 @@ def _recipe_choice() -> list[Experiment]:
     table = [Experiment(f"teacher-8-epochs{name}", seed, recipe=eight | change, choice=True)
              for name, change in changes.items()]
     table.append(Experiment("teacher-8-epochs-residual", seed, recipe=eight, choice=True,
-                            build=residual_teacher))
+                            build=networks.residual_teacher))
     for name, change in changes.items():
         table += [Experiment(f"scratch-8-epochs{name}", seed, recipe=eight | change, choice=True),
                   Experiment(f"distilled-8-epochs{name}", seed, recipe=eight | change, choice=True,
@@ -194,27 +192,6 @@ def _recipe_choice() -> list[Experiment]:
                    recipe={"smoothing": 0.1})]
 
 
-def residual_teacher(num_classes: int = 10) -> keras.Model:
-    """A teacher's budget, with two residual pairs. For parts A and J."""
-    return _residual("residual", (24, 64, 96, 128), _unit, num_classes)
-
-
-def large_teacher(num_classes: int = 10) -> keras.Model:
-    """The residual network of part D: about 5 million parameters, three residual pairs."""
-    return _residual("residual_large", (52, 104, 208, 416), _pair, num_classes)
-
-
-def _residual(name: str, widths: tuple, last: Callable, num_classes: int) -> keras.Model:
-    pixels = keras.Input((32, 32, 3), name="pixels")
-    variance = [std**2 for std in kdlib.PIXEL_STD]
-    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
-    x = _unit(_unit(x, widths[0], kernel=2), widths[1], pool=True)
-    for width, after in itertools.pairwise(widths[1:]):
-        x = _unit(_pair(x, width), after, pool=True)
-    x = layers.GlobalMaxPooling2D()(last(x, widths[-1]))
-    return keras.Model(pixels, layers.Dense(num_classes)(layers.Dropout(0.2)(x)), name=name)
-
-
 def _evidence() -> list[Experiment]:
     """Parts D to G of PROTOCOL.md."""
     six = " ".join(f"teacher-seed{k}" for k in SIX)
@@ -222,7 +199,7 @@ def _evidence() -> list[Experiment]:
         # D: better teachers, and worse ones
         Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
         Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
-        Experiment("teacher-large", build=large_teacher),
+        Experiment("teacher-large", build=networks.large_teacher),
         Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0"),
         Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
         Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
@@ -335,57 +312,14 @@ def _methods() -> list[Experiment]:
     return [*table, harm, placed]
 
 
-def residual_student(num_classes: int = 10) -> keras.Model:
-    """At most 90,000 parameters, with two residual pairs."""
-    return _student("residual_student", _residual_body, num_classes)
-
-
-def separable_student(num_classes: int = 10) -> keras.Model:
-    """At most 90,000 parameters: depthwise 3x3, then 1x1 (Howard et al. 2017, section 3.1)."""
-    return _student("separable_student", _separable_body, num_classes)
-
-
-def _student(name: str, body: Callable, num_classes: int) -> keras.Model:
-    pixels = keras.Input((32, 32, 3), name="pixels")
-    variance = [std**2 for std in kdlib.PIXEL_STD]
-    x = layers.Normalization(mean=kdlib.PIXEL_MEAN, variance=variance)(pixels)
-    x = layers.GlobalMaxPooling2D(name="pool")(body(x))
-    return keras.Model(pixels, layers.Dense(num_classes, name="logits")(x), name=name)
-
-
-def _unit(x, width: int, *, kernel: int = 3, pool: bool = False):
-    x = layers.Conv2D(width, kernel, padding="same", use_bias=False)(x)
-    x = layers.MaxPooling2D()(x) if pool else x
-    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
-
-
-def _pair(x, width: int):
-    return layers.Add()([x, _unit(_unit(x, width), width)])
-
-
-def _residual_body(x):
-    # No convolution of 1x1 with a stride: see TensorFlow on AVX-512 with few channels.
-    x = _unit(x, 24, pool=True)
-    for width, pool in ((32, False), (48, True)):
-        x = _pair(_unit(x, width, pool=pool), width)
-    return x
-
-
-def _separable_body(x):
-    x = _unit(x, 32, pool=True)
-    for width, pool in ((64, False), (128, True), (128, False), (192, False), (128, False)):
-        x = layers.DepthwiseConv2D(3, padding="same", use_bias=False)(x)
-        x = _unit(x, width, kernel=1, pool=pool)
-    return x
-
-
-STUDENTS = {"vgg": None, "residual": residual_student, "separable": separable_student}
+STUDENTS = {"vgg": None, "residual": networks.residual_student,
+            "separable": networks.separable_student}
 TEACHERS = {"vgg": "teacher-seed0", "residual": "teacher-residual-seed0"}
 
 
 def _architectures() -> list[Experiment]:
     """Part J of PROTOCOL.md: two teachers times three students, and each student from scratch."""
-    table = [Experiment("teacher-residual", weights=True, build=residual_teacher)]
+    table = [Experiment("teacher-residual", weights=True, build=networks.residual_teacher)]
     for student, build in STUDENTS.items():
         if build:
             table.append(Experiment(f"scratch-{student}", TRIPLE, build=build))

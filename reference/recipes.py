@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import kdlib
 import keras
 import numpy as np
-import tensorflow as tf
 from kdlib import require
 from keras import layers, ops
+
+with contextlib.suppress(ImportError):  # the optimizer and the batches need Keras alone
+    import tensorflow as tf
 
 
 @dataclass(frozen=True)

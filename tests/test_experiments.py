@@ -1,7 +1,7 @@
 """experiments and plan: how rows are made and published, and what is published now."""
 
 from reference import controls, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
-from reference import plan, restamp, runs, store  # isort: skip
+from reference import networks, plan, restamp, runs, store  # isort: skip
 import functools
 import re
 from dataclasses import replace
@@ -133,13 +133,13 @@ def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
     assert experiments.notes_of(each, seed)
     for change in ({"control": "evened"}, {"control": None}, {"signal": "mirrored"},
                    {"labels": 50}, {"wrong": 20}, {"hide": False},
-                   {"build": plan.residual_student}):
+                   {"build": networks.residual_student}):
         assert not experiments.notes_of(replace(each, **change), seed), change
     each, seed = experiments.run_of("digits-distilled-7-epochs-top2-seed0")
     assert not experiments.notes_of(replace(each, control="top3"), seed)
     assert kdlib._vgg in fingerprints.with_helpers(kdlib.build_student)
     assert controls._softened in fingerprints.with_helpers(controls.evened)
-    assert plan._unit in fingerprints.with_helpers(plan.residual_student)
+    assert networks._unit in fingerprints.with_helpers(networks.residual_student)
     each, seed = experiments.run_of("digits-distilled-3-epochs-at-kd-seed0")
     assert experiments.notes_of(each, seed)
     for change in ({"factor": 2.0}, {"loss": "nst"}, {"place": "misplaced"}, {"loss": None}):

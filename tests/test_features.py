@@ -1,6 +1,6 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
-from reference import features, fingerprints, methods, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import features, fingerprints, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import shutil
 from dataclasses import replace
 
@@ -444,7 +444,7 @@ def test_the_weight_is_the_best_trial_on_validation(monkeypatch, tmp_path):
     assert each.trainer().weight == features.METHODS["at"].weight  # of equals, the authors' own
 
 
-@pytest.mark.parametrize("build", [plan.residual_student, plan.separable_student])
+@pytest.mark.parametrize("build", [networks.residual_student, networks.separable_student])
 def test_other_students_keep_the_budget(build):
     model = build()
     assert 80_000 <= model.count_params() <= 90_000
