@@ -1,10 +1,12 @@
 """Part H, the best student: on one accelerator, with JAX.
 
-    KERAS_BACKEND=jax python reference/accelerated.py OUT --seconds 700    train, on the device
-    python reference/accelerated.py OUT --publish                         measure and publish
+    KERAS_BACKEND=jax TF_CPP_MIN_LOG_LEVEL=1 python reference/accelerated.py OUT
+    python reference/accelerated.py OUT --publish
 
-A whole epoch is one call to the device: views, teacher and optimizer included. Numbers are
-bfloat16 inside the networks, so nothing here is equal to the last bit on another machine.
+The first line trains, where the accelerator is; it needs no TensorFlow. The second measures
+what came back, on any machine, and publishes it. An epoch is one call to the device: views,
+teacher and optimizer included. Networks compute in bfloat16, so a second training does not give
+the same bits.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
@@ -33,7 +35,7 @@ from reference.recipes import Recipe, make_optimizer
 # views that are new in each epoch.
 RECIPE = Recipe(epochs=10, batch_size=500, learning_rate=0.04, views=0)
 TEACHER_EPOCHS, CANDIDATE_EPOCHS, MOST_EPOCHS = 60, 10, 200
-TEMPERATURE, ALPHA = 4.0, 0.1
+TEMPERATURE, ALPHA, POLICY = 4.0, 0.1, "mixed_bfloat16"
 CANDIDATES = {"full": networks.best_student, "pooled": networks.best_student_pooled}
 SEEDS = (0, 1, 2)
 
@@ -218,7 +220,7 @@ def run(folder: Path, seconds: float, dataset=None, log=print) -> list[Trained]:
     import jax
 
     begun = time.perf_counter()
-    keras.config.set_dtype_policy("mixed_bfloat16")
+    keras.config.set_dtype_policy(POLICY)
     dataset = dataset or kdlib.load_dataset("cifar10")
     data = jax.device_put((dataset.x_train, dataset.y_train))
     log(f"{jax.devices()[0].device_kind}, data after {time.perf_counter() - begun:.0f} s")
@@ -263,7 +265,7 @@ def run(folder: Path, seconds: float, dataset=None, log=print) -> list[Trained]:
 
 
 def write(folder: Path, done: list[Trained], jax) -> None:
-    """weights-K.npz: the teacher in two files, all students in a third. notes.json: the rest."""
+    """The teacher in two files of npz, all students in a third, the rest in notes.json."""
     folder.mkdir(parents=True, exist_ok=True)
     teacher = done[0].weights
     if len(done) == 1:
@@ -282,12 +284,92 @@ def write(folder: Path, done: list[Trained], jax) -> None:
     (folder / "notes.json").write_text(json.dumps(notes))
 
 
+# --- publishing -----------------------------------------------------------------------
+
+
+def identity() -> tuple[dict, list]:
+    """Settings that no recipe has, and the code that acts on the numbers."""
+    return {"engine": "accelerated", "policy": POLICY}, [
+        augment, merge, _Passing, _dense, _Given, Arm, _epoch, _loss, train]
+
+
+def publish(folder: Path) -> None:
+    """Measure every run on this machine, in float32, and publish it."""
+    from reference import experiments, runs
+
+    notes, dataset = json.loads((folder / "notes.json").read_text()), kdlib.load_dataset("cifar10")
+    weights, teacher = _read(folder), None
+    for found in notes["runs"]:
+        stem = f"cifar10-{found['name']}-seed{found['seed']}"
+        each, seed = experiments.run_of(stem)
+        kdlib.require(each.full_recipe().epochs == found["epochs"] and
+                      len(found["history"]["loss"]) == found["epochs"],
+                      f"{stem} has {len(found['history']['loss'])} epochs, the plan "
+                      f"{each.full_recipe().epochs}.")
+        model = each.build()
+        model.set_weights(weights[stem])
+        teacher = model if teacher is None else teacher
+        target = folder / stem
+        target.mkdir(exist_ok=True)
+        run = _measured(target, model, teacher if each.distilled else None, dataset,
+                        (each, seed), found["history"], notes)
+        experiments.publish(run, each)
+        print(stem, run.row["val_accuracy"], runs.runs_folder().name)
+
+
+def _read(folder: Path) -> dict[str, list]:
+    """The weights of each run, by the name of its files."""
+    halves = [np.load(folder / f"teacher-{k}.npz") for k in (0, 1)]
+    found = {"cifar10-teacher-best-seed0": [half[key] for half in halves for key in half.files]}
+    students = np.load(folder / "students.npz")
+    for key in sorted(students.files):
+        found.setdefault(f"cifar10-{key.partition('/')[0]}", []).append(students[key])
+    return found
+
+
+def _measured(folder: Path, model, teacher, dataset, which: tuple, history, notes: dict):
+    """The files that experiments.publish copies, and the run that they are of."""
+    from reference import experiments, fingerprints, measures, runs, store
+
+    each, seed = which
+    judge = fingerprints.model_digest(teacher)
+    spec = {
+        "code": runs.CODE, "dataset": "cifar10", "data": fingerprints.data_digest(dataset),
+        "method": each.method, "seed": seed, **asdict(each.full_recipe()),
+        "architecture": fingerprints.architecture(model), "begins_with": None,
+        "temperature": each.temperature if each.distilled else None,
+        "alpha": each.alpha if each.distilled else None, "teacher": judge, "answers": None,
+        "trainer": experiments._trainer(each)}
+    logits = {part: measures.predict_logits(model, getattr(dataset, f"x_{part}"))
+              for part in ("val", "test")}
+    figures = measures.figures(logits, dataset)
+    if teacher is not None:
+        theirs = runs.stored_answers(teacher, dataset, "test").argmax(-1)
+        figures["agreement"] = round(float(np.mean(logits["test"].argmax(-1) == theirs)), 4)
+    row = {**spec, **figures, "teacher": each.taught_by(seed), "model": model.name,
+           "parameters": model.count_params(), "seconds": round(sum(history["seconds"])),
+           "machine": notes["machine"], "versions": notes["versions"]}
+    row = {key: row.get(key) for key in runs.RESULT_COLUMNS}
+    half = measures.write_logits(folder / "answers.npz", each.stem(seed), logits)
+    model.save(folder / "model.keras")
+    store.write_notes(folder / "model.json", {
+        "spec": spec, "row": row, "history": history, "machines": [notes["machine"]],
+        "judge": judge, "model": fingerprints.model_digest(model),
+        "weights": fingerprints.digest(*model.get_weights()),
+        "first_answers": logits["val"][:2].tolist()})
+    return runs.Run(model, history, row, half, folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train or publish the best student of part H.")
     parser.add_argument("out", type=Path, help="the folder of weights and notes")
     parser.add_argument("--seconds", type=float, default=700, help="about how long it may take")
+    parser.add_argument("--publish", action="store_true", help="measure and publish what is there")
     options = parser.parse_args()
-    run(options.out, options.seconds, log=functools.partial(print, flush=True))
+    if options.publish:
+        publish(options.out)
+    else:
+        run(options.out, options.seconds, log=functools.partial(print, flush=True))
 
 
 if __name__ == "__main__":

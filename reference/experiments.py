@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import accelerated, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -71,6 +71,8 @@ class Maker:
         """What train_or_load needs, its teacher included."""
         kdlib.require(each.labels == 100 or not each.control, f"{each.method}: a control needs the "
                       "label of every image.")
+        kdlib.require(not each.accelerated, f"{each.method} is made on an accelerator: python "
+                      "reference/accelerated.py")
         data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
@@ -119,6 +121,8 @@ def _fits(notes: dict, each: Experiment, seed: int) -> bool:
 
 def _trainer(each: Experiment) -> dict | None:
     """What a run's spec says of its trainer."""
+    if each.accelerated:
+        return fingerprints.identity_of(accelerated)
     return fingerprints.identity_of(each.trainer()) if each.loss else None
 
 

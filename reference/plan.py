@@ -1,7 +1,7 @@
 """Every row of results.csv as data: what it is, which settings, which seeds.
 
 experiments.py makes the rows. PROTOCOL.md announces those of _pairs, _controls, _recipe_choice,
-_evidence, _many_machines, _methods and _architectures before they are made.
+_evidence, _many_machines, _methods, _architectures and _best before they are made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from reference import features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import kdlib
 
-from reference import networks
+from reference import accelerated, networks
 from reference.controls import TOP
 
 # --- the table ------------------------------------------------------------------------
@@ -39,6 +39,7 @@ class Experiment:
     factor: float | None = None  # times its authors' weight; None: as chosen on validation
     place: str | None = None  # which layers it compares: a name in PLACES; None: the method's own
     weights: bool = False  # publish the trained model, not only its row
+    accelerated: bool = False  # made by accelerated.py
     choice: bool = False  # only for choosing on validation: the test set is not looked at
 
     @property
@@ -312,6 +313,23 @@ def _methods() -> list[Experiment]:
     return [*table, harm, placed]
 
 
+def _best() -> list[Experiment]:
+    """Part H of PROTOCOL.md: the teacher, the candidates, the best student and its twin."""
+    recipe, teacher = vars(accelerated.RECIPE), "teacher-best-seed0"
+    more = {"accelerated": True}
+    table = [Experiment("teacher-best", build=networks.large_teacher, **more,
+                        recipe=recipe | {"epochs": accelerated.TEACHER_EPOCHS})]
+    length = accelerated.CANDIDATE_EPOCHS
+    for name, build in accelerated.CANDIDATES.items():
+        trial = dict(seeds=(100,), build=build, recipe=recipe | {"epochs": length}, choice=True)
+        table += [Experiment(f"scratch-{name}-{length}-epochs", **trial, **more),
+                  Experiment(f"distilled-{name}-{length}-epochs", teacher=teacher, **trial, **more)]
+    best = dict(seeds=TRIPLE, build=networks.best_student_pooled, weights=True,  # as chosen
+                recipe=recipe | {"epochs": 110})  # as many as fitted
+    return [*table, Experiment("best", teacher=teacher, **best, **more),
+            Experiment("best-scratch", **best, **more)]
+
+
 STUDENTS = {"vgg": None, "residual": networks.residual_student,
             "separable": networks.separable_student}
 TEACHERS = {"vgg": "teacher-seed0", "residual": "teacher-residual-seed0"}
@@ -332,5 +350,5 @@ for _name in features.METHODS:  # read now: a file edited later is not what runs
     fingerprints.identity_of(features.Trainer(_name, 1.0))
 
 PUBLISHED = _published() + _many_machines()  # what the notebooks show
-PLANNED = _recipe_choice() + _evidence() + _methods() + _architectures()
+PLANNED = _recipe_choice() + _evidence() + _methods() + _architectures() + _best()
 EXPERIMENTS = PUBLISHED + PLANNED

@@ -59,7 +59,7 @@ def _write_digests(proven: set[str]) -> int:
         each, _ = experiments.run_of(path.stem)
         before = notes["control"], notes["spec"].get("trainer")
         notes["spec"]["code"], notes["control"] = runs.CODE, experiments._control(each)
-        if each.loss:
+        if before[1]:
             notes["spec"]["trainer"] = {**before[1], "code": experiments._trainer(each)["code"]}
         if before != (notes["control"], notes["spec"].get("trainer")):
             words.add(each.method)
