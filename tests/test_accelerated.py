@@ -95,7 +95,7 @@ def trained_by_fit(recipe, teacher):
 
 
 def strayed(recipe):
-    """How far one engine's weights lie from the other's, beside how far they moved."""
+    # how far one engine's weights lie from the other's, beside how far they moved
     arm = accelerated.Arm(small, recipe, 100, teacher)
     epoch = arm.lowered(given, taught).compile()
     got, _ = accelerated.train(arm, epoch, data, given, taught, name="small", seed=3, epochs=2)
@@ -103,7 +103,6 @@ def strayed(recipe):
     first, want = small().get_weights(), trained_by_fit(recipe, teacher)
     apart, way = (np.sqrt(sum(np.sum((a - b) ** 2) for a, b in zip(want, each, strict=True)))
                   for each in (got.weights, first))
-    print(recipe.optimizer, apart, way, file=sys.stderr)
     return apart / way, want, got
 
 
@@ -114,8 +113,8 @@ taught = ([np.asarray(v) for v in teacher.trainable_variables],
 recipe = replace(accelerated.RECIPE, epochs=2, batch_size=50)
 share, want, got = strayed(replace(recipe, optimizer="sgd"))
 assert share < 1e-4, share
-share, *_ = strayed(recipe)  # steps of one length, whatever the gradient: rounding grows
-assert share < 0.05, share
+share, *_ = strayed(recipe)  # steps of one length: rounding grows
+assert share < 1e-2, share
 assert set(got.history) == {"loss", "accuracy", "val_accuracy", "seconds"}
 
 folder = Path(sys.argv[1])
