@@ -5,7 +5,8 @@ import re
 
 import pytest
 import scipy.stats
-from claims import CLAIMS, CONTROLS, NOT_MEASURED, TABLE, over_scratch, page, part_c, teachers_lead
+from claims import BEST, CLAIMS, CONTROLS, NOT_MEASURED, TABLE, gains, limits_of_best
+from claims import over_scratch, page, part_c, points, teachers_lead
 from conftest import CIFAR10, ROOT
 
 COMPARES = re.compile(
@@ -95,3 +96,19 @@ def test_the_table_of_part_c_is_that_of_the_rows():
     on_val = part_c(part="val").sub(part_c(part="val").scratch, axis=0)[CONTROLS].mean()
     assert f"(by {-on_val.max():.2f} to {-on_val.min():.2f} points)" in text
     assert f"teacher lies below it by {-over_scratch().gain['distilled-twin']:.2f}." in text
+
+
+def test_the_table_of_part_h_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### H. The best student")[2]
+    distilled, scratch, gain = points("best"), points("best-scratch"), gains(*BEST)
+    for seed in range(3):
+        assert (f"| {seed} | {scratch[seed]:.2f} | {distilled[seed]:.2f} | {gain[seed]:.2f} |"
+                in text)
+    low, high = limits_of_best()
+    assert f"Mean gain {gain.mean():.2f} points, {low:.2f} to {high:.2f} with" in text
+    assert f"(the gains spread by {gain.std():.2f})" in text and distilled.max() < 94.5
+    a, b, c, d = (100 * TABLE[TABLE.method == f"{arm}-{name}-10-epochs"].val_accuracy.item()
+                  for name in ("full", "pooled") for arm in ("scratch", "distilled"))
+    assert (f"`best_student` {a:.2f} from scratch and {b:.2f} distilled,\n`best_student_pooled` "
+            f"{c:.2f} and {d:.2f}.") in text and d > max(a, b, c)
+    assert f"reached {points('teacher-best')[0]:.2f} on test" in text
