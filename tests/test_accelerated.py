@@ -4,6 +4,7 @@ from reference import accelerated, experiments, plan, runs, store  # isort: skip
 import os
 import subprocess
 
+import kdlib
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -35,6 +36,19 @@ def test_all_six_had_the_same_training():
     specs = [{key: value for key, value in each["spec"].items() if key not in own}
              for each in notes]
     assert all(spec == specs[0] for spec in specs)
+
+
+def test_views_are_many_and_the_student_is_small_in_parameters_only():
+    codes = kdlib.view_codes(images=50, views=110, shift=4, flip=True)
+    assert min(len(np.unique(codes[:, k], axis=0)) for k in range(50)) > 2 * 20
+
+    def products(model):  # multiplications of an image, in convolutions
+        return sum(np.prod(layer.output.shape[1:3]) * layer.kernel.shape[0] * layer.kernel.shape[1]
+                   * layer.kernel.shape[2] * (1 if "depthwise" in layer.name else layer.filters)
+                   for layer in model.layers if "conv" in layer.name)
+
+    ours, usual = plan.networks.best_student_pooled(), kdlib.build_student()
+    assert products(ours) > 1.5 * products(usual) and ours.count_params() < usual.count_params()
 
 
 def test_elsewhere_it_is_refused_with_a_sentence():

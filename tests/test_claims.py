@@ -5,8 +5,9 @@ import re
 
 import pytest
 import scipy.stats
-from claims import BEST, CLAIMS, CONTROLS, NOT_MEASURED, TABLE, gains, limits_of_best
-from claims import over_scratch, page, part_c, points, teachers_lead
+from claims import BEST, CLAIMS, CONTROLS, NOT_MEASURED, TABLE, alone, behind_j, common_family
+from claims import gained_j, gains, limits_of_best, over_scratch, page, part_c, part_j, points
+from claims import teachers_lead
 from conftest import CIFAR10, ROOT
 
 COMPARES = re.compile(
@@ -112,3 +113,23 @@ def test_the_table_of_part_h_is_that_of_the_rows():
     assert (f"`best_student` {a:.2f} from scratch and {b:.2f} distilled,\n`best_student_pooled` "
             f"{c:.2f} and {d:.2f}.") in text and d > max(a, b, c)
     assert f"reached {points('teacher-best')[0]:.2f} on test" in text
+
+
+def test_the_table_of_part_j_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### J. Same and")[2]
+    mean = part_j().mean()
+    for arm, each in gained_j().iterrows():
+        _, teacher, _, student = arm.split("-")
+        row = [teacher, student, f"{mean[alone(student)]:.2f}", f"{mean[arm]:.2f}",
+               f"{behind_j()[arm]:.2f}", f"{each.gain:.2f}, {each.low:.2f} to {each.high:.2f}",
+               f"{each.holm:.3f}"]
+        assert f"| {' | '.join(row)} |" in text
+    assert part_j().shape == (3, 9) and part_j().notna().all(axis=None)
+    family = common_family()
+    assert (f"interaction is {family.gain:.2f} points, {family.low:.2f} to {family.high:.2f}. So a "
+            f"common family adds at most {family.high:.2f}") in text.replace("\n", " ")
+    residual, vgg = points("teacher-residual")[0], points("teacher")[0]
+    assert f"{residual:.2f}, the VGG-like one {vgg:.2f}" in text
+    made = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(
+        ["teacher-residual", *set(part_j()) - {"scratch"}])]
+    assert f"{made.seconds.sum() / 3600:.1f} hours in the column" in text
