@@ -5,8 +5,8 @@
 
 The first line trains, where the accelerator is; it needs no TensorFlow. The second measures
 what came back, on any machine, and publishes it. An epoch is one call to the device: views,
-teacher and optimizer included. Networks compute in bfloat16, so a second training does not give
-the same bits.
+teacher and optimizer included. Networks compute in bfloat16, and sums may run in another order the
+next time, so a second training need not give the same bits.
 """
 
 from __future__ import annotations
@@ -295,7 +295,7 @@ def identity() -> tuple[dict, list]:
 
 def publish(folder: Path) -> None:
     """Measure every run on this machine, in float32, and publish it."""
-    from reference import experiments, runs
+    from reference import experiments
 
     notes, dataset = json.loads((folder / "notes.json").read_text()), kdlib.load_dataset("cifar10")
     weights, teacher = _read(folder), None
@@ -314,7 +314,7 @@ def publish(folder: Path) -> None:
         run = _measured(target, model, teacher if each.distilled else None, dataset,
                         (each, seed), found["history"], notes)
         experiments.publish(run, each)
-        print(stem, run.row["val_accuracy"], runs.runs_folder().name)
+        print(stem, run.row["val_accuracy"])
 
 
 def _read(folder: Path) -> dict[str, list]:
@@ -340,13 +340,9 @@ def _measured(folder: Path, model, teacher, dataset, which: tuple, history, note
         "temperature": each.temperature if each.distilled else None,
         "alpha": each.alpha if each.distilled else None, "teacher": judge, "answers": None,
         "trainer": experiments._trainer(each)}
-    logits = {part: measures.predict_logits(model, getattr(dataset, f"x_{part}"))
-              for part in ("val", "test")}
-    figures = measures.figures(logits, dataset)
-    if teacher is not None:
-        theirs = runs.stored_answers(teacher, dataset, "test").argmax(-1)
-        figures["agreement"] = round(float(np.mean(logits["test"].argmax(-1) == theirs)), 4)
-    row = {**spec, **figures, "teacher": each.taught_by(seed), "model": model.name,
+    logits = runs._both_logits(model, dataset)
+    row = {**spec, **runs._figures(logits, dataset, teacher),
+           "teacher": each.taught_by(seed), "model": model.name,
            "parameters": model.count_params(), "seconds": round(sum(history["seconds"])),
            "machine": notes["machine"], "versions": notes["versions"]}
     row = {key: row.get(key) for key in runs.RESULT_COLUMNS}

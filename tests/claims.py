@@ -179,9 +179,7 @@ def limits_of_best():
     """The t interval of its gain, with the floor of its own answers (pair 0)."""
     right = [logits_of(name, 0)["test"].argmax(-1) == cifar10().y_test for name in BEST]
     floor = round(100 * np.subtract(*right, dtype=float).std() / len(right[0]) ** 0.5, 2)
-    found = gains(*BEST)
-    error = max(found.std(), floor) / len(found) ** 0.5
-    return found.mean() + error * scipy.stats.t(len(found) - 1).ppf([0.025, 0.975])
+    return at_least(floor, gains(*BEST)).ppf([0.025, 0.975])
 
 
 def logits_of(method, seed, dataset="cifar10"):
