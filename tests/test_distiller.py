@@ -485,10 +485,11 @@ DOORS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("door", DOORS)
 def test_labels_that_no_class_has(door):
-    """Too large, below -1, a fraction, nan: refused at each door, and no weight is lost."""
+    """Refused at each door, and no weight is lost. At the first: each kind of wrong label."""
     made, some_unknown = distiller(), np.where(LABELS > 4, -1, LABELS)
     nan = np.where(LABELS == LABELS[0], np.nan, LABELS)
-    for labels in (LABELS + 1, LABELS - 2, LABELS + 0.5, nan):
+    kinds = (LABELS + 1, LABELS - 2, LABELS + 0.5, nan)  # too large, below -1, fractions
+    for labels in kinds if door == "arrays" else kinds[:1]:
         with pytest.raises(ValueError, match="labels in batch .* neither class numbers nor -1"):
             DOORS[door](made, labels)
         assert all(np.isfinite(w).all() for w in made.get_weights())
