@@ -510,14 +510,17 @@ CLAIMS = {"README.md": {
         lambda: [points(name).mean().round(2) for name in BEST] == [93.65, 92.45]
         and np.round([gains(*BEST).mean(), *limits_of_best()], 2).tolist() == [1.21, 0.61, 1.8]
         and points("teacher-best")[0] > points("teacher").max() and len(gains(*BEST)) == 3,
-    "from a teacher of their own size, end on average 0.3 to 0.6 points *below* scratch":
-        lambda: harm() == [0.3, 0.6],
+    "On average all five end *below* scratch after 20 epochs, by 0.3 to 0.6 points. For two of "
+    "them that is clear, for three it may be luck":
+        lambda: harm() == [0.3, 0.6] and len(over_scratch()) == 5
+        and (over_scratch().holm < 0.05).sum() == 2,
     "What the gain consists of**: what a better network says about the wrong classes":
         lambda: teachers_lead().low.min() > 0,
-    "The distilled students are too sure (calibration error 0.040, from scratch 0.008)":
+    "The distilled students are too sure: their calibration error (ece) is 0.040, from scratch "
+    "0.008":
         lambda: of_pairs("ece").mean().round(3).tolist() == [0.040, 0.008]
         and overconfidence()["distilled"] > 0,
-    "they have the better probabilities in all six pairs":
+    "they have the smaller cross-entropy on the test set in all six pairs":
         lambda: "has the smaller nll in 6 of 6 pairs" in printed_text(NOTEBOOK_8),
     "In the second, distilling lost":  # the PyTorch tutorial's numbers, as it prints them
         lambda: "| 75.60 % | 70.41 % | 70.19 % |" in page("README.md"),
@@ -527,7 +530,7 @@ CLAIMS = {"README.md": {
     "without it the gain is 0.74, 0.30 to 1.17":
         lambda: (rest := scipy.stats.ttest_1samp(gains().drop(0), 0).confidence_interval())
         and np.round([gains().drop(0).mean(), *rest], 2).tolist() == [0.74, 0.3, 1.17],
-    "That is little, but more than luck of this kind explains":
+    "That is little, but more than the luck of pairs and test images explains":
         lambda: gains().mean() < 1 and lower_limit(gains()) > 0 and printed(
             NOTEBOOK_5, r"test images: ([\d.]+) to") > [(0,)],
     "**After 5 epochs** the distilled students reach 85.68 %, those from scratch 83.94 %":
@@ -1075,10 +1078,12 @@ CLAIMS = {"README.md": {
         lambda: gained_j().gain[["distilled-vgg-to-vgg", "distilled-residual-to-vgg"]].round(2)
         .tolist() == [0.5, 0.44] and evidence.compare(part_j(), [
             ("distilled-vgg-to-vgg", "distilled-residual-to-vgg")]).p.item() > 0.5,
-    "The taught students end 1.9 to 3.5 points behind their teacher, all six of them within the "
-    "course's range for *similar* architectures":
-        lambda: behind_j().agg(["min", "max"]).round(1).tolist() == [1.9, 3.5]
-        and behind_j().between(0, 7).all(),
+    "The taught students end 1.90 to 3.55 points behind their teacher. Four of these six pairs mix "
+    "architectures, and none of them falls into the course's 5 to 15 points":
+        lambda: behind_j().agg(["min", "max"]).round(2).tolist() == [1.9, 3.55]
+        and len(behind_j()) == 6,
+    "(Notebook 05 gave 0.65 points from its own kind, over six seeds":
+        lambda: gains().mean().round(2) == 0.65 and len(gains()) == 6,
     "The separable one is the nearest to either teacher, and without any teacher it reaches "
     "89.24 %, more than each VGG-like student with one":
         lambda: all(min(FAMILY_J, key=lambda student: behind_j()[f"distilled-{t}-to-{student}"])
@@ -1112,8 +1117,8 @@ CLAIMS = {"README.md": {
         lambda: (lost := taught("AT")["different"])[lost < 0].count() == 2 and len(lost) == 6
         and round(lost.min(), 1) == -6.0
         and all(pair.endswith("MobileNetV2") for pair in lost[lost < 0].index),
-    "Hints gain more between families in the mean, 1.08 points against 0.32, but from pair to pair "
-    "that is anything from -1.4 to 3.2":
+    "Between families hints gain 1.08 points in the mean, and within a family 0.32. But single "
+    "pairs between families range from -1.4 to 3.2":
         lambda: [round(taught("FitNet")[family].mean(), 2) for family in FAMILIES] == [0.32, 1.08]
         and [round(end(taught("FitNet")["different"]), 1) for end in (min, max)] == [-1.4, 3.2],
     "soft labels gained in all six such pairs of Figure 9.4":
@@ -1188,6 +1193,7 @@ NOT_MEASURED = {"README.md": {
     "with the same input and logits out": "what is asked for",
     "what distillation gains: 1.74": "test_notebooks",
     "distillation gains 0.65 points": "test_notebooks",
+    "a fifth has a teacher no better than": "plan.py",
 }, NOTEBOOK_1: {
     "never choose and report on the same images": "what is learned here",
     "makes more mistakes": "claims of 05", "see the same image": "how it works",
@@ -1376,7 +1382,7 @@ NOT_MEASURED = {"README.md": {
     "so that closeness is luck": "the floor",
 }, NOTEBOOK_9: {
     "Three students of at most 90,000:": "plan.py", "Right: the gain over the student": "a legend",
-    "It is half of what the two pairs": "a definition",
+    "Forty channels can't follow": "arithmetic",
     "The widths differ": "the output above",
     "as they read the same stored": "how it works",
     "what each method *needs*": "what it says", "CRD remembers a vector": "how it works",
@@ -1390,7 +1396,8 @@ NOT_MEASURED = {"README.md": {
     "with one more loss": "test_features", "with the same weights see 2,500": "how it is done",
     "distances between groups mean little": "advice", "has the same matrix": "an explanation",
     "Red pairs rise together": "how to read it", "the same budget for all": "what comes",
-    "with the same number of trials for all": "advice",
+    "Whether any of these losses beats": "says what isn't known",
+    "The loss is zero if the student's logits are": "arithmetic",
     "the same three tensors": "the output above",
     "How far a student stays behind says little": "the claim after it",
     "differ in more than the architecture": "says what is open",

@@ -210,7 +210,7 @@ def test_results_in_the_readme_are_those_of_the_table(path):
     assert f"| {teacher:.2f} % | {scratch:.2f} % | {distilled:.2f} % |" in text
     gain = 100 * (pairs.distilled - pairs.scratch)
     low, high = scipy.stats.ttest_1samp(gain, 0).confidence_interval()
-    words = (f"{gain.mean():.2f} points (95 % interval {low:.2f} to {high:.2f}",
+    words = (f"{gain.mean():.2f} points. The 95 % interval is {low:.2f} to {high:.2f},",
              f"{gain.mean():.2f} 个百分点（95 % 置信区间 {low:.2f} 到 {high:.2f}")
     assert any(sentence in text for sentence in words)
 
@@ -231,6 +231,9 @@ def test_the_figure_of_the_readme_shows_the_gains_of_the_table(path):
             labels = {text.get_text() for text in plots.results().axes[0].texts}
             assert {f"{each[drawn[epochs].index].mean():.2f} % (100 epochs)"
                     for each in (taught, alone)} <= labels
+            best = 100 * TABLE.set_index("method").test_accuracy
+            assert {f"{best[name].mean():.2f} % (best small student)"
+                    for name in ("best", "best-scratch")} <= labels
 
 
 @each_readme
