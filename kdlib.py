@@ -74,12 +74,8 @@ def load_dataset(name: str | None = None) -> Dataset:
             f"name (or KD_DATASET) is {name!r}. Choose 'cifar10' or 'digits', or leave it out.")
     try:
         return _digits() if name == "digits" else _cifar10()
-    except (ValueError, FileNotFoundError):
-        raise
-    except Exception as error:  # whatever a network can do to Keras's download
-        reason = (f"CIFAR-10 was not found, and its download failed ({error!r}). Set KD_DATA_DIR "
-                  "to a folder that holds it, go online, or stay offline with KD_DATASET=digits.")
-        require(name is None, reason, FileNotFoundError)
+    except ConnectionError as reason:
+        require(name is None, str(reason), FileNotFoundError)
         print("NOTICE: this notebook uses the DIGITS dataset. You can keep going. Reason:", reason)
         return _digits()
 
@@ -90,7 +86,12 @@ def _cifar10() -> Dataset:
     path = next((folder / name for name in CIFAR10_FILES if (folder / name).exists()), None)
     require(path or not setting, f"KD_DATA_DIR is {setting!r}, but the folder {folder} has none of "
             f"{', '.join(CIFAR10_FILES)}. Correct it, or set KD_DATASET=digits.", FileNotFoundError)
-    parts = None if path else keras.datasets.cifar10.load_data()
+    try:
+        parts = None if path else keras.datasets.cifar10.load_data()
+    except Exception as error:  # whatever a network can do to a download
+        raise ConnectionError(
+            f"CIFAR-10 was not found, and its download failed ({error!r}). Set KD_DATA_DIR to a "
+            "folder that holds it, go online, or stay offline with KD_DATASET=digits.") from None
     try:
         (x, y), test = parts = [_by_content(*part) for part in parts or _read(path)]
         found = tuple(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in parts)
@@ -293,16 +294,15 @@ def _are_probabilities(rows):
 
 
 def check_model(role: str, model) -> int | None:
-    """The number of logits that a model gives, asked about two images of noise."""
+    """The number of logits that a model gives, asked about two black images."""
     require(isinstance(model, keras.Model) and model.built, f"{role} is a {type(model).__name__}. "
             "Give a built Keras model: call it once on images, of a Run take .model.", TypeError)
     asked = (model.get_build_config() or {}).get("input_shape") or getattr(model, "input", None)
     if asked is None:
         return None  # its first batch will tell
-    words = any(isinstance(layer, layers.Embedding) for layer in model._flatten_layers())
-    noise = keras.tree.map_shape_structure(lambda each: np.random.default_rng(0).uniform(
-        0, 0 if words else 255, [n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
-    answers = model(noise, training=False)
+    black = keras.tree.map_shape_structure(
+        lambda each: np.zeros([n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
+    answers = model(black, training=False)
     shape = tuple(getattr(answers, "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
             "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
@@ -351,10 +351,14 @@ def _guarded(method):
         images, callbacks = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
         if hasattr(images, "__array__"):  # others show themselves batch by batch
             check_images("student", self.student, ops.convert_to_numpy(images[:64]))
-        if not isinstance(callbacks, keras.callbacks.CallbackList):  # evaluate in fit has ours
+        batchwise = "callbacks" in call.signature.parameters
+        if batchwise and not isinstance(callbacks, keras.callbacks.CallbackList):  # fit's are ours
             look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
             call.arguments["callbacks"] = [look, *keras.tree.flatten(callbacks or [])]
-        return method(*call.args, **call.kwargs)
+        found = method(*call.args, **call.kwargs)
+        if not batchwise and "y" in call.signature.parameters:  # train_on_batch, test_on_batch
+            _look(0, {loss.name: float(loss.result()) for loss in self._losses_seen})
+        return found
     return guarded
 
 
@@ -387,7 +391,8 @@ class Distiller(keras.Model):
         classes, seen = check_model("student", student), _inputs(student)
         if teacher is not None:
             taught, asked = check_model("teacher", teacher), _inputs(teacher)
-            require(_agree([taught], [classes]) and all(map(_agree, asked, seen)),
+            same = len(asked) == len(seen) and all(map(_agree, asked, seen))
+            require(_agree([taught], [classes]) and (same or not asked or not seen),
                     f"teacher takes {asked}, gives {taught} logits, student {seen}, {classes}. "
                     "They must agree. A Resizing layer fits inside a model.")
             require(not {id(w) for w in student.weights} & {id(w) for w in teacher.weights},
@@ -407,6 +412,7 @@ class Distiller(keras.Model):
 
         self._ask_teacher = ask
 
+    optimizer = None  # until compile
     temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
@@ -420,17 +426,17 @@ class Distiller(keras.Model):
     save_weights = functools.partialmethod(_lend, "save_weights")
     load_weights = functools.partialmethod(_lend, "load_weights")
 
-    def compile(self, optimizer="rmsprop", loss=None, metrics=None, weighted_metrics=None, **more):
+    def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, metrics=None,
+                weighted_metrics=None, **more):
         """As Keras's. The student_loss is cross-entropy; without metrics it shows the accuracy."""
-        usual = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-        fits = loss is None or type(loss) is type(usual) and loss.get_config() == usual.get_config()
-        require(fits and "loss_weights" not in more, f"loss is {loss!r}. Leave it out: it is "
+        require(loss is loss_weights is None, f"loss is {loss!r}. Leave it out: it is "
                 "SparseCategoricalCrossentropy(from_logits=True), and alpha is its weight.")
         weighted_metrics = ["accuracy"] if metrics is weighted_metrics is None else weighted_metrics
         super().compile(optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **more)
 
-    fit, evaluate, predict = map(
-        _guarded, (keras.Model.fit, keras.Model.evaluate, keras.Model.predict))
+    fit, evaluate, predict, train_on_batch, test_on_batch, predict_on_batch = (
+        _guarded(getattr(keras.Model, name)) for name in (
+            "fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"))
 
     def call(self, inputs, training=None):
         images, _ = self._split(inputs)
@@ -451,13 +457,12 @@ class Distiller(keras.Model):
         given = self._ask_teacher(images) if stored is None else stored
         answers = ops.cast(_as_float("teacher_logits", given), logits.dtype)
         many = ops.shape(answers)[0] > 7  # a few logits may look like probabilities by chance
-        sound = ops.logical_not(ops.any(ops.isnan(answers) | (answers == math.inf))
-                                | (many & _are_probabilities(answers)))
-        soft = self._soft_loss(teacher_logits=ops.where(sound, answers, ops.zeros_like(answers)),
-                               student_logits=y_pred, temperature=self.temperature)
+        sound = ops.all(answers < math.inf) & ~(many & _are_probabilities(answers))  # nor is nan
+        soft = self._soft_loss(teacher_logits=ops.where(sound, answers, 0.0),
+                               student_logits=logits, temperature=self.temperature)
         y, weight, _, valid = self._labels(y, y_pred, sample_weight)
-        hard = keras.losses.sparse_categorical_crossentropy(y, logits, True)
-        hard, raw = ops.mean(weight * hard), _are_raw(self.student, images)
+        hard = ops.mean(weight * keras.losses.sparse_categorical_crossentropy(y, logits, True))
+        raw = _are_raw(self.student, images)
         for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
             loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
@@ -472,13 +477,12 @@ class Distiller(keras.Model):
         shape, classes = tuple(getattr(y, "shape", ())), logits.shape[-1]
         require(len(shape) == 1 or shape[1:] == (1,), f"labels have shape {shape}. Give class "
                 "numbers: fit(images, labels). np.argmax makes them from one-hot rows.")
-        given, y = ops.reshape(y, (-1,)), ops.cast(ops.reshape(y, (-1,)), "int32")
-        whole = ops.cast(given, "float32") == ops.cast(y, "float32")
-        known = whole & (y >= 0) & (y < classes)
+        y = ops.cast(ops.reshape(y, (-1,)), "float32")  # exact up to 16 million classes
+        known = (y == ops.floor(y)) & (y >= 0) & (y < classes)
         weight = ops.cast(1 if weight is None else ops.reshape(weight, (-1,)), "float32")
-        valid = (known | (whole & (y == -1))) & ops.isfinite(weight)
+        valid = (known | (y == -1)) & ops.isfinite(weight)
         weight = ops.where(known & valid, weight, 0.0)
-        return ops.where(known, y, 0), weight, known, ops.all(valid)
+        return ops.cast(ops.where(known, y, 0.0), "int32"), weight, known, ops.all(valid)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         y, weight, known, _ = self._labels(y, y_pred, sample_weight)

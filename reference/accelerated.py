@@ -329,31 +329,21 @@ def _read(folder: Path) -> dict[str, list]:
 
 def _measured(folder: Path, model, teacher, dataset, which: tuple, history, notes: dict):
     """The files that experiments.publish copies, and the run that they are of."""
-    from reference import experiments, fingerprints, measures, runs, store
+    from reference import experiments, fingerprints, measures, runs
 
     each, seed = which
-    judge = fingerprints.model_digest(teacher)
     spec = {
         "code": runs.CODE, "dataset": "cifar10", "data": fingerprints.data_digest(dataset),
         "method": each.method, "seed": seed, **asdict(each.full_recipe()),
         "architecture": fingerprints.architecture(model), "begins_with": None,
         "temperature": each.temperature if each.distilled else None,
-        "alpha": each.alpha if each.distilled else None, "teacher": judge, "answers": None,
-        "trainer": experiments._trainer(each)}
+        "alpha": each.alpha if each.distilled else None, "answers": None,
+        "teacher": fingerprints.model_digest(teacher), "trainer": experiments._trainer(each)}
     logits = runs._both_logits(model, dataset)
-    row = {**spec, **runs._figures(logits, dataset, teacher),
-           "teacher": each.taught_by(seed), "model": model.name,
-           "parameters": model.count_params(), "seconds": round(sum(history["seconds"])),
-           "machine": notes["machine"], "versions": notes["versions"]}
-    row = {key: row.get(key) for key in runs.RESULT_COLUMNS}
-    half = measures.write_logits(folder / "answers.npz", each.stem(seed), logits)
-    model.save(folder / "model.keras")
-    store.write_notes(folder / "model.json", {
-        "spec": spec, "row": row, "history": history, "machines": [notes["machine"]],
-        "judge": judge, "model": fingerprints.model_digest(model),
-        "weights": fingerprints.digest(*model.get_weights()),
-        "first_answers": logits["val"][:2].tolist()})
-    return runs.Run(model, history, row, half, folder)
+    found = measures.notes(spec, model, runs._figures(logits, dataset, teacher), history,
+                           [notes["machine"]], teacher=teacher, taught_by=each.taught_by(seed),
+                           versions=notes["versions"])
+    return runs.save(folder, model, logits, found, first_answers=logits["val"][:2])
 
 
 def main() -> None:

@@ -41,12 +41,7 @@ class Maker:
 
     def __init__(self, experiments=None):
         self.experiments = EXPERIMENTS if experiments is None else experiments
-        self.datasets = {}
-
-    def data(self, name: str):
-        if name not in self.datasets:
-            self.datasets[name] = kdlib.load_dataset(name)
-        return self.datasets[name]
+        self.data = functools.cache(kdlib.load_dataset)
 
     def find(self, dataset: str, name: str) -> tuple[Experiment, int]:
         """The experiment and seed behind a run's name, as ``teacher-seed0``."""
@@ -173,11 +168,12 @@ def missing(experiments) -> list[tuple[Experiment, int]]:
 
 
 def to_make(experiments) -> list[tuple[Experiment, int]]:
-    """What is missing of these, each after the teachers and trials that it needs."""
+    """What is missing of these and can be made here, each after the teachers and trials that it
+    needs."""
     maker, found = Maker(), []
 
     def add(each, seed):
-        if (each, seed) in found or notes_of(each, seed) is not None:
+        if each.accelerated or (each, seed) in found or notes_of(each, seed) is not None:
             return
         for name in each.teachers(seed):
             add(*maker.find(each.dataset, name))
@@ -240,14 +236,9 @@ def _keep_answers(name: str, each: Experiment, new: dict) -> None:
     kept = dict(np.load(path)) if path.exists() else {}
     kept = {key: value for key, value in kept.items() if not key.startswith(f"{name}/")} | new
     if kept:
-        store.write_whole(path, lambda aside: _save(aside, kept))
+        store.write_whole(path, lambda aside: np.savez_compressed(aside, **kept))
     else:
         path.unlink(missing_ok=True)
-
-
-def _save(path: Path, arrays: dict) -> None:
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
 
 
 def write_table() -> None:
@@ -327,11 +318,12 @@ def main(arguments=None) -> None:
     parser.add_argument("--cores", type=int, help="threads of one training; all by default, or "
                         "1 with --workers")
     parser.add_argument("--address", help="of a running Ray cluster; by default one is started")
-    parser.add_argument("--restamp", action="store_true", help="after a refactoring: see restamp()")
+    parser.add_argument("--restamp", metavar="COMMIT", nargs="?", const="HEAD",
+                        help="after a refactoring: see restamp()")
     options = parser.parse_args(arguments)
     if options.restamp:
         from reference.restamp import restamp  # it needs this file
-        print(f"{restamp()} notes carry the digest of today's code")
+        print(f"{restamp(options.restamp)} notes carry the digest of today's code")
         return
     known = {each.method for each in EXPERIMENTS}
     for name in options.name:

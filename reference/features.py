@@ -4,6 +4,7 @@ The extra layers that a method needs (regressors, embeddings, memories) are trai
 student and thrown away with the distiller. What is saved is the student.
 """
 
+import functools
 import math
 import numbers
 from collections.abc import Callable
@@ -340,14 +341,7 @@ def _method(where: str, weight: float, loss, kind=FeatureLoss, **settings) -> Me
     return Method(lambda: kind(loss, **settings), weight, where, (kind, loss, str(settings)))
 
 
-def _with(loss, **settings):
-    """The loss with the settings of its authors' CIFAR-100 experiments."""
-    def configured(**features):
-        return loss(**features, **settings)
-
-    configured.__wrapped__, configured.settings = loss, settings
-    return configured
-
+_with = functools.partial  # the settings are those of its authors' CIFAR-100 experiments
 
 METHODS = {
     "fitnet": _method("hint", 100, methods.fitnet, Regressed, relu=True),
@@ -403,8 +397,8 @@ class Trainer:
         """What the trained weights depend on: settings, and the functions that act on them."""
         from reference import fingerprints  # needs TensorFlow, which a lifted file may not have
         parts = METHODS[self.method].parts
-        settings = [part if isinstance(part, str) else str(getattr(part, "settings", ""))
+        settings = [part if isinstance(part, str) else str(getattr(part, "keywords", ""))
                     for part in parts]
-        code = [getattr(part, "__wrapped__", part) for part in parts if callable(part)]
+        code = [getattr(part, "func", part) for part in parts if callable(part)]
         return {**asdict(self), "settings": settings}, [
             FeatureDistiller, watch, FeatureLoss, *fingerprints.with_helpers(*code)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import kdlib
@@ -10,7 +11,20 @@ import numpy as np
 import scipy.special
 from kdlib import require
 
-from reference import store
+from reference import fingerprints, store
+
+RESULT_COLUMNS = ("dataset model method teacher temperature alpha seed epochs parameters "
+                  "val_accuracy test_accuracy nll ece agreement seconds machine versions").split()
+
+
+def notes(spec: dict, model, figures: dict, history: dict, machines: list[str], *, teacher,
+          taught_by: str | None, versions: str | None = None) -> dict:
+    """What is kept of a training: what it was, its row of results.csv, its history."""
+    row = {**spec, **figures, "teacher": taught_by, "model": re.sub(r"_\d+$", "", model.name),
+           "parameters": model.count_params(), "seconds": round(sum(history.get("seconds", ()))),
+           "machine": machines[-1], "versions": versions or fingerprints.libraries()}
+    return {"spec": spec, "row": {key: row.get(key) for key in RESULT_COLUMNS}, "history": history,
+            "machines": machines, "judge": fingerprints.model_digest(teacher)}
 
 
 def batch_size(images) -> int:

@@ -23,14 +23,11 @@ from tqdm.auto import tqdm
 from tqdm.keras import TqdmCallback
 
 from reference import fingerprints, measures, recipes, resume, store
-from reference.measures import batch_size, predict_logits
+from reference.measures import RESULT_COLUMNS, batch_size, predict_logits
 from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noqa: F401
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
 REFERENCE = ROOT / "reference"
-RESULT_COLUMNS = ("dataset model method teacher temperature alpha seed epochs parameters "
-                  "val_accuracy test_accuracy nll ece agreement seconds machine versions").split()
-
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
 VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
@@ -178,10 +175,10 @@ class Task:
             resume.check_loads(self.model, self.folder)
         trainer, validation, answers = self._trainer()
         steps = -(-len(self.dataset.y_train) // self.recipe.batch_size)
-        smooth = self.recipe.smoothing and not self.distilled
         trainer.compile(
             optimizer=make_optimizer(self.recipe, steps, last_layer=self.model.layers[-1].name),
-            loss=(recipes.SmoothedCrossentropy(self.recipe.smoothing) if smooth else
+            loss=(None if self.distilled else
+                  recipes.SmoothedCrossentropy(self.recipe.smoothing) if self.recipe.smoothing else
                   keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
             metrics=[], weighted_metrics=["accuracy"], steps_per_execution=min(steps, 24),
             jit_compile=False)  # slower on the CPU
@@ -227,31 +224,20 @@ class Task:
 
     def finish(self, keeper) -> Run:
         """Measure the model and save the result. Delete the states last: nothing can be lost."""
-        model, logits = self.model, _both_logits(self.model, self.dataset)
-        notes = self._notes(keeper, _figures(logits, self.dataset, self.teacher)) | {
-            "model": fingerprints.model_digest(model),
-            "weights": fingerprints.digest(*model.get_weights()),
-            "first_answers": self.first_answers.tolist()}
-        half = measures.write_logits(self.folder / "answers.npz", stem(self.spec), logits)
-        store.write_whole(self.folder / "model.keras", model.save)
-        store.write_notes(self.folder / "model.json", notes)
+        logits = _both_logits(self.model, self.dataset)
+        notes = self._notes(keeper, _figures(logits, self.dataset, self.teacher))
+        run = save(self.folder, self.model, logits, notes, first_answers=self.first_answers)
         for leftover in (*self.folder.glob("state-?.npz"), *self.folder.glob("aside-*")):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        return Run(model, notes["history"], notes["row"], half, self.folder)
+        return run
 
     def _notes(self, keeper, figures: dict) -> dict:
-        """What is kept of a training: what it was, its row of results.csv, its history."""
-        model, history = self.model, keeper.history
+        history = keeper.history
         if self.teacher is None and self.distilled:
             history = {key: values for key, values in history.items()
                        if key not in ("val_loss", "val_distillation_loss")}
-        row = {**self.spec, **figures, "teacher": self.taught_by,
-               "model": re.sub(r"_\d+$", "", model.name), "parameters": model.count_params(),
-               "seconds": round(sum(history.get("seconds", ()))), "machine": keeper.machines[-1],
-               "versions": fingerprints.libraries()}
-        return {"spec": self.spec, "row": {key: row.get(key) for key in RESULT_COLUMNS},
-                "history": history, "machines": keeper.machines,
-                "judge": fingerprints.model_digest(self.teacher)}
+        return measures.notes(self.spec, self.model, figures, history, keeper.machines,
+                              teacher=self.teacher, taught_by=self.taught_by)
 
     def _diverged(self, keeper) -> FloatingPointError:
         """The error to raise. It is kept: the same training would diverge again."""
@@ -270,6 +256,16 @@ class Task:
         error = FloatingPointError(notes["diverged"])
         error.folder = self.folder  # where its notes are; see experiments.publish_divergence
         return error
+
+
+def save(folder: Path, model, logits, notes: dict, *, first_answers) -> Run:
+    """Write the files of a finished run, its notes last."""
+    half = measures.write_logits(folder / "answers.npz", stem(notes["spec"]), logits)
+    store.write_whole(folder / "model.keras", model.save)
+    store.write_notes(folder / "model.json", notes | {
+        "model": fingerprints.model_digest(model), "first_answers": first_answers.tolist(),
+        "weights": fingerprints.digest(*model.get_weights())})
+    return Run(model, notes["history"], notes["row"], half, folder)
 
 
 def stem(row: dict) -> str:

@@ -232,13 +232,17 @@ def test_without_cifar10_digits_come_with_a_notice(offline, capsys):
     assert "DIGITS" in said and "no route to host" in said
 
 
-def test_an_error_without_words(offline, monkeypatch, capsys):
-    def silent():
-        raise TimeoutError
+@pytest.mark.parametrize("error", [TimeoutError(), ValueError("Incomplete or corrupted file")])
+def test_whatever_a_download_ends_with(offline, monkeypatch, capsys, error):
+    """An error without words, a page of a captive portal in place of the archive."""
+    def fail():
+        raise error
 
-    monkeypatch.setattr(keras.datasets.cifar10, "load_data", silent)
+    monkeypatch.setattr(keras.datasets.cifar10, "load_data", fail)
     assert kdlib.load_dataset().name == "digits"
-    assert "TimeoutError" in capsys.readouterr().out
+    assert repr(error) in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="download failed.*KD_DATA_DIR"):
+        kdlib.load_dataset("cifar10")
 
 
 def test_cifar10_asked_for_and_not_there(offline):

@@ -4,6 +4,7 @@ from reference import controls, experiments, fingerprints, measures  # isort: sk
 from reference import networks, plan, restamp, runs, store  # isort: skip
 import functools
 import re
+from unittest import mock
 from dataclasses import replace
 
 import filelock
@@ -195,6 +196,16 @@ def test_only_notes_of_proven_code_get_todays_digest(monkeypatch, tmp_path):
     assert after == {"digits-scratch-seed0": runs.CODE, "digits-scratch-seed1": "older"}
 
 
+def test_code_that_trains_otherwise_stamps_nothing(monkeypatch):
+    trained = iter((["scratch a", "distilled b", "old code"], ["scratch a", "distilled c", "new"]))
+    monkeypatch.setattr(restamp, "_trained", lambda *where: next(trained))
+    monkeypatch.setattr(restamp, "_write_digests", lambda proven: pytest.fail("stamped"))
+    monkeypatch.setattr(restamp, "subprocess", mock.Mock())
+    monkeypatch.setattr(restamp, "tarfile", mock.MagicMock())
+    with pytest.raises(ValueError, match="other numbers than that of HEAD"):
+        restamp.restamp()
+
+
 def test_one_process_publishes_at_a_time(monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "REFERENCE", tmp_path)
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
@@ -237,6 +248,12 @@ def test_the_list_of_experiments(capsys):
     assert "scratch-90-epochs" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         experiments.main(["no-such-method"])
+
+
+def test_what_an_accelerator_made_is_not_made_here(monkeypatch):
+    best = [each for each in experiments.EXPERIMENTS if each.accelerated]
+    monkeypatch.setattr(experiments, "notes_of", lambda each, seed: None)
+    assert experiments.missing(best) and not experiments.to_make(best)
 
 
 published_data = functools.cache(kdlib.load_dataset)
