@@ -231,8 +231,8 @@ def fitting(dataset, role, steps, *, teacher=None, answers=None, make=None, **ch
         answers = make.lend(answers)
     trainer.compile(
         optimizer=runs.make_optimizer(recipe, 10_000, last_layer="logits"), jit_compile=False,
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=[],
-        weighted_metrics=["accuracy"], steps_per_execution=steps)
+        loss=None if teacher else keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[], weighted_metrics=["accuracy"], steps_per_execution=steps)
 
     def fit(clock):
         with recipes.fused_norm(model):

@@ -4,8 +4,8 @@ from reference import controls, experiments, fingerprints, measures  # isort: sk
 from reference import networks, plan, restamp, runs, store  # isort: skip
 import functools
 import re
-from unittest import mock
 from dataclasses import replace
+from unittest import mock
 
 import filelock
 import kdlib
