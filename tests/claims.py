@@ -175,6 +175,17 @@ def of_best(column, method="best"):
     return TABLE[TABLE.method == method].set_index("seed")[column]
 
 
+def rounded_otherwise():
+    """Three trainings of the distilled student of pair 0 that differ in rounding alone."""
+    return [points(name).round(2)[0] for name in (
+        "distilled-one-teacher", "distilled", "distilled-vgg-to-vgg")]
+
+
+def apart(values):
+    """How far each two of them are apart."""
+    return np.abs(np.subtract.outer(*2 * [np.asarray(values)]))[np.triu_indices(len(values), 1)]
+
+
 def limits_of_best():
     """The t interval of its gain, with the floor of its own answers (pair 0)."""
     right = [logits_of(name, 0)["test"].argmax(-1) == cifar10().y_test for name in BEST]
@@ -642,7 +653,13 @@ CLAIMS = {"README.md": {
         lambda: all(np.mean([spread(method, epoch) for epoch in range(15, 20)])
                     < np.mean([spread(method, epoch) for epoch in range(5, 10)]) / 2
                     for method in ("scratch", "distilled")),
-    "**You should see** that the distilled students get there in fewer epochs":
+    "the distilled students ahead on average in every epoch. The lead is about five points in the "
+    "first two epochs and about half a point at the end":
+        lambda: (lead := 100 * np.mean([np.subtract(*(
+            history(f"cifar10-{method}-seed{seed}")["val_accuracy"] for method in (
+                "distilled", "scratch"))) for seed in range(6)], axis=0)).min() > 0
+        and np.round(lead[:2]).tolist() == [5, 5] and 0.45 < lead[-1] < 0.6,
+    "the distilled students reach each of these accuracies in fewer epochs":
         lambda: all(distilled < scratch for _, distilled, scratch in printed(
             NOTEBOOK_5, r"(\d+)% +(\d+) +(\d+)\n")),
     "An epoch costs about the same for both":
@@ -661,27 +678,35 @@ CLAIMS = {"README.md": {
     "hesitates where its teacher is sure":
         lambda: (student := sureness("distilled"))[0] > 0.95 < (teacher := sureness("teacher"))[4]
         and max(student[4], teacher[0]) < 0.6,
-    "Yet the students ended at 88.89, 88.45 and 88.62 %":
-        lambda: [points(name).round(2)[0] for name in (
-            "distilled-one-teacher", "distilled", "distilled-vgg-to-vgg")] == [88.89, 88.45, 88.62],
-    "The first two are 0.44 points apart, as much as two of the six gains differ on average":
-        lambda: round(points("distilled-one-teacher")[0] - points("distilled")[0], 2) == 0.44
-        and 0.42 < np.subtract.outer(gains().to_numpy(), gains().to_numpy())[
-            np.triu_indices(6, 1)].__abs__().mean() < 0.46,
-    "They answer about one test image in twelve differently":
+    "The students ended at 88.89, 88.45 and 88.62 %":
+        lambda: rounded_otherwise() == [88.89, 88.45, 88.62],
+    "so they lie up to 0.44 points apart, 0.29 on average. Two of the six gains differ by 0.45 on "
+    "average":
+        lambda: [round(apart(rounded_otherwise()).max(), 2), *(
+            round(apart(each).mean(), 2) for each in (rounded_otherwise(), gains()))]
+        == [0.44, 0.29, 0.45],
+    "On the 5,000 validation images the mean gain is 0.55 points, 0.01 to 1.10. There one pair of "
+    "the six lost":
+        lambda: (val := points("distilled", column="val_accuracy")
+                 - points("scratch", column="val_accuracy")).mean().round(2) == 0.55
+        and np.round(scipy.stats.ttest_1samp(val, 0).confidence_interval(), 2).tolist()
+        == [0.01, 1.1] and (val < 0).sum() == 1 and len(val) == 6,
+    "The first two students answer about one test image in twelve differently":
         lambda: 11 < 1 / np.mean(np.diff([logits_of(name, 0)["test"].argmax(-1) for name in (
             "distilled-one-teacher", "distilled")], axis=0) != 0) < 13,
-    "They gained 0.61 points on average":
+    "one of five students of teacher 0, which gained 0.61 points on average":
         lambda: round((gains("distilled-one-teacher")).mean(), 2) == 0.61
         and len(gains("distilled-one-teacher")) == 5,
-    "a single pair needs a gain of 0.55 points (1.96 times its standard error)":
+    "its gain would have to exceed 0.55 points (1.96 standard errors) to be told from zero":
         lambda: round(1.96 * printed(NOTEBOOK_5, r"standard error ([\d.]+)")[0][0], 2) == 0.55,
-    "The six gains lie between 0.24 and 1.04, so some pairs would have said yes by themselves":
+    "The six gains lie between 0.24 and 1.04, so some would pass and some not":
         lambda: [round(end(gains()), 2) for end in (min, max)] == [0.24, 1.04]
         and len(gains()) == 6,
-    "Six pairs are enough to tell it from zero, even by their signs alone":
+    "Six pairs are enough to tell it from zero, by the interval and by their signs":
         lambda: gains().min() > 0 and scipy.stats.binomtest(len(gains()), len(gains())).pvalue
         < 0.05 and lower_limit(gains()) > 0,
+    "the interval still lies above zero. Five signs alone could not do it":
+        lambda: lower_limit(gains().drop(0)) > 0 and scipy.stats.binomtest(5, 5).pvalue > 0.05,
     "**You should see** an interval that is a little wider, and still above zero":
         lambda: printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0] > (0,)
         and np.ptp(printed(NOTEBOOK_5, r"over pairs and test images: ([\d.]+) to ([\d.]+)")[0])
@@ -712,22 +737,25 @@ CLAIMS = {"README.md": {
         lambda: map_gains().loc[4:, :0.5].stack().round(1).between(1, 2).all(),
     "no single run of them can be told from the best":
         lambda: map_gains().max(axis=None) - map_gains().loc[4:, :0.5].min(axis=None)
-        < printed(NOTEBOOK_6, r"a cell ([\d.]+) points behind")[0][0],
+        < printed(NOTEBOOK_6, r"up to ([\d.]+) points behind")[0][0],
     "T = 16 with alpha = 0 stays below T = 4 with alpha = 0.1 in all three seeds":
         lambda: rows("distilled-5-epochs")[16.0, 0.0].max()
         < rows("distilled-5-epochs")[4.0, 0.1].min(),
     "At T = 1 the gain is at most 0.6 points": lambda: map_gains().loc[1].max().round(1) == 0.6,
     "At alpha = 0.9 it lies between -0.3 and 0.8":
         lambda: map_gains()[0.9].agg(["min", "max"]).round(1).tolist() == [-0.3, 0.8],
-    "0.65 points is all that notebook 05 found after 20 epochs":
-        lambda: gains().mean().round(2) == 0.65,
-    "At T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
-    "Between the regions, what helps accuracy costs calibration":
+    "0.65 points is all that notebook 05 found after 20 epochs, and it took six pairs":
+        lambda: gains().mean().round(2) == 0.65 and len(gains()) == 6,
+    "The whole map spans 2.3 points": lambda: round(np.ptp(map_gains().stack()), 1) == 2.3
+        and map_gains().min(axis=None) < 0 < map_gains().max(axis=None),
+    "at T = 1 soft labels are nearly hard": lambda: np.median(entropies(1)) < 0.05,
+    "The region with the higher accuracy has the larger calibration error":
         lambda: (ece := rows("distilled-5-epochs", "ece").xs(0, level="seed").unstack())
         is not None and ece.loc[4:, :0.5].min(axis=None)
         > max(ece.loc[1].max(), ece[0.9].max()),
-    "this very cell is its least accurate":
-        lambda: map_gains().loc[4:, :0.5].stack().idxmin() == (16.0, 0.0),
+    "T = 16 with alpha = 0 has the largest error, and also the lowest accuracy":
+        lambda: map_gains().loc[4:, :0.5].stack().idxmin() == (16.0, 0.0)
+        == rows("distilled-5-epochs", "ece").xs(0, level="seed").idxmax(),
     "a very poor rate costs far more than a poor T or alpha":
         lambda: rates()["1e-2"] - rates()["1e-3"] > 3 * np.ptp(map_gains()),
     "the student loses 14 points, six times the distance from the worst to the best of the map":
@@ -751,9 +779,8 @@ CLAIMS = {"README.md": {
         lambda: rows("distilled-5-epochs")[4.0, 0.1, 0] - rates()["1e-3"]
         > 3 * (map_gains().loc[4.0, 0.1] - map_gains().min(axis=None)),
 }, NOTEBOOK_7: {
-    "rises until T is about as large as the teacher's logits, and then falls slowly":
-        lambda: (p := pulls([1, 2, 4, 8, 16]))[0] < p[1] and p[-1] < p.max()
-        and p.max() < 2 * p[-1],
+    "the pull of the soft labels is largest at T = 4 (of the five tried), and then falls slowly":
+        lambda: (p := pulls([1, 2, 4, 8, 16])).argmax() == 2 and p[2] > p[3] > p[4] > p[2] / 2,
     "Without T² it falls about a hundredfold":
         lambda: 70 < pulls([1])[0] / (pulls([16])[0] / 256) < 200,
     "Without T² the hard labels outweigh the soft ones from T = 8 on, although their weight is 0.1":
@@ -772,13 +799,10 @@ CLAIMS = {"README.md": {
         lambda: {line: forward > backward for line, forward, backward in (
             (each, *printed(NOTEBOOK_7, rf"{each} +([\d.]+) +([\d.]+)")[0])
             for each in ("all alike", "picks one"))} == {"all alike": False, "picks one": True},
-    "They agree, but on answers that are hardly better than chance":
-        lambda: printed(NOTEBOOK_7, r"accuracy of the student: (\d+)%")[0][0] < 20
-        and printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0][1] < 20,
-    "The loss falls beautifully, because the teacher unlearns":
-        lambda: np.subtract(*printed(NOTEBOOK_7, r"first step ([\d.]+), last ([\d.]+)")[0]) > 0
-        and np.subtract(*printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0]) > 30,
-    "picking wins at most a few tenths of a point":
+    "the loss has fallen beautifully. But the teacher has gone from 98 % to 15 %":
+        lambda: np.divide(*printed(NOTEBOOK_7, r"first step ([\d.]+), last ([\d.]+)")[0]) > 50
+        and printed(NOTEBOOK_7, r"before (\d+)%, after (\d+)%\n")[0] == (98, 15),
+    "Picking wins at most a few tenths of a point here":
         lambda: max(picked()) < 0.5,
     "the whole gain of distillation is only 0.65 points":
         lambda: gains().mean().round(2) == 0.65,
@@ -1250,14 +1274,14 @@ NOT_MEASURED = {"README.md": {
     "falls all the same": "test_exercises", "must see it too": "arithmetic",
     "What differs on digits": "of other data", "| about 5- to 6-fold |": "of other data",
 }, NOTEBOOK_5: {
-    "To be right more often is one thing": "a definition", "which makes it wider": "how it is",
+    "Being right more often is one thing": "a definition", "One pair says little": "below it",
     "images a student happens to get right": "an explanation",
     "set up a fair comparison": "what is learned here",
     "students of the same architecture": "its rule",
     "| the same | different |": "its rule, checked in the cell below",
     'what "the same" means': "a title", "better when they are smaller": "a definition",
     "give the same answer.": "a definition", "may have less left to learn": "an explanation",
-    "counts some of the luck twice": "arithmetic", "found the same": "cited",
+    "found the same": "cited",
     "we compare *within* pairs": "how it is done", "If a line rises": "how to read it",
     "tested on the *same images*": "how it was done",
     "when it is larger, is the subject": "what comes", "Give it 20 or more": "advice",
@@ -1274,7 +1298,6 @@ NOT_MEASURED = {"README.md": {
     "fewer pairs are needed": "arithmetic", "| batches, in the same order |": "the cell below",
     "might change the gain": "a possibility", "standard deviation of the n gains": "a definition",
     "so the next cell shrinks": "how it is done", "For larger images": "advice",
-    "if the gains were normally distributed": "a definition",
     "computes the mean gain": "how it is done",
     "even the teachers'": "the claim after it",
     "Little, even about its own seed": "the claim after it",
@@ -1286,22 +1309,28 @@ NOT_MEASURED = {"README.md": {
 }, NOTEBOOK_6: {
     "what a poor learning rate costs": "what is learned here",
     "All start from the same weights": "test_runs",
-    "is partly luck": "a fact about maxima", "are *equally* good": "how it is done",
+    "is partly luck": "a fact about maxima",
+    "we take it to be equally large in each": "how it is done",
     "not one best cell": "the claims behind it",
     "share one teacher and the same": "how it was done",
-    "*Figure 6.3: the same student": "a title", "so far more luck |": "150 images for 5,000",
+    "*Figure 6.3: the same student": "a title", "therefore much more luck |": "150 for 5,000",
+    "in a map of 26 equal cells": "arithmetic", "leads by more than luck": "its rule",
+    "the distillation loss weighs only a tenth": "arithmetic",
+    "keeps the balance with the hard labels": "04",
     "logits are twice as large": "a question", "Repeated runs see more": "the claim after it",
     "In 95 % of the draws": "how it is done", "After twenty the best cell": "says what is open",
     "prove the setting best": "says what isn't known",
     "the best cell by test accuracy": "a question",
     "At T = 2, because": "test_exercises", "only at alpha = 0": "arithmetic",
-    "may be due to the factor T²": "04",
+    "why a large T does little harm": "a guess, called so",
     "The best of many noisy numbers is too good": "test_exercises",
     "may well win with another seed": "a possibility",
     "The colours no longer help": "how to read it",
 }, NOTEBOOK_7: {
     "more than nine answers in ten are right": "the figure above",
-    "It only starts more slowly": "the figure above",
+    "Their accuracy starts more slowly": "the figure above",
+    "On the last batch their answers are nearly": "the loss printed above",
+    "A likely reason is that the rate falls": "a guess, called so",
     "The five worst": "their order is a choice", "Most of these mistakes": "the links beside them",
     "divided by 4 they hardly differ": "arithmetic", "give the same answers": "a test to write",
     "cut to almost 0": "Keras's source", "as [somebody once": "cited",
