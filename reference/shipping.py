@@ -51,7 +51,8 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
 
     kind: "float32"; "float16" (weights); "int8-weights" (activations stay float32); "int8"
     (weights, activations, uint8 pixels in and int8 logits out), which needs calibration.
-    calibration: training images, uint8 (N, H, W, C). Returns the path. Raises ValueError.
+    calibration: training images, uint8 (N, H, W, C). Returns the path. Raises ValueError; warns
+    of calibration images that would give pixels another scale.
     """
     path = Path(path)
     kdlib.check_model("model", model)
@@ -69,6 +70,11 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
         require(calibration is not None and len(calibration), "calibration is missing. kind 'int8' "
                 "needs training images, for the ranges of the activations.")
         kdlib.check_images("model", model, calibration)
+        low, high = np.min(calibration), np.max(calibration)
+        if (low, high) != (0, 255):  # the converter takes this range for that of all pixels
+            warnings.warn(f"calibration has pixels from {low} to {high} only. The file would read "
+                          f"0 as {low} and 255 as {high}. Give images that have both.",
+                          stacklevel=2)
         settings["target_spec"]["supported_ops"] = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
         settings |= dict(inference_input_type=tf.uint8, inference_output_type=tf.int8,
                          representative_dataset=lambda: (

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 from dataclasses import replace
 
@@ -128,6 +129,21 @@ def test_a_damaged_file_is_refused(damage, files, tmp_path):
 def test_other_images_are_refused(shape, dtype, words, files):
     with pytest.raises(ValueError, match=words):
         shipping.LiteRT(files["int8"])(np.zeros(shape, dtype))
+
+
+@pytest.mark.slow
+def test_pixels_of_another_range_than_0_to_255_are_warned_of(tmp_path, digits):
+    """The converter would give the pixels their range as a scale, and the file misread ours."""
+    student, ways = tiny(), {0: digits.x_train[:50], 1: digits.x_train[:50] // 2}
+    for expected, calibration in ways.items():
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            path = shipping.export(student, tmp_path / "a.tflite", kind="int8",
+                                   class_names=digits.class_names, calibration=calibration)
+        words = [str(each.message) for each in said if "calibration" in str(each.message)]
+        assert len(words) == expected and all("pixels from 0 to 127 only" in w for w in words)
+        scale, zero = shipping.LiteRT(path).input["quantization"]
+        assert zero == 0 and scale == pytest.approx(calibration.max() / 255)
 
 
 def test_a_layer_that_litert_lacks(tmp_path):
@@ -546,17 +562,22 @@ CLAIMS = {
     "the student of 8 bits is 0.0 to 0.2 points *above* the float student it came from":
         lambda: [round(points("aware-distilled", 8).agg(end), 1) for end in (min, max)]
         == [0.0, 0.2],
-    "At 4 bits, rounding alone costs between 5 and 14 points: students that were equally good":
+    "without rounding, the same epochs gain about as much":
+        lambda: points("float-distilled", 32).mean() == pytest.approx(
+            points("aware-distilled", 8).mean(), abs=0.03),
+    "At 4 bits, rounding alone costs between 5 and 14 points: students that were about equally "
+    "good":
         lambda: [round(points("post-training", 4).agg(end)) for end in (max, min)] == [-5, -14],
-    "Three epochs win most of it back: with the teacher, nine tenths":
+    "Three epochs win most of it back: with the teacher, nine tenths in the mean":
         lambda: all((points(f"aware-{name}", 4) > points("post-training", 4) / 2).all()
                     for name in quantisation.CHOSEN)
         and points("aware-distilled", 4).mean() / points("post-training", 4).mean()
         == pytest.approx(0.1, abs=0.01),
     "hard labels win back at least as much":
         lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all(),
-    "Three more epochs help an unrounded student as well":
-        lambda: all(points(f"float-{name}", 32).mean() > 0.1 for name in quantisation.CHOSEN),
+    "Three more epochs helped five of the six unrounded students as well":
+        lambda: [sum((points(f"float-{name}", 32) > 0).sum() for name in quantisation.CHOSEN),
+                 sum(len(points(f"float-{name}", 32)) for name in quantisation.CHOSEN)] == [5, 6],
     "4 bits cost 0.6 points with hard labels and 0.9 to 1.5 with soft labels":
         lambda: [round(end(points(f"float-{name}", 32) - points(f"aware-{name}", 4)), 1)
                  for name in ("labels", "distilled") for end in (min, max)]
@@ -567,8 +588,8 @@ CLAIMS = {
     "By the rule of notebook 08 that is just *open*: three seeds, 0.71 points on average, 95 % "
     "interval -0.04 to 1.47":
         lambda: labels_ahead(3) == (0.71, -0.04, 1.47),
-    "So either the number of epochs reversed the order, or both orders were luck: that first one "
-    "is *open*, too":
+    "So the number of epochs reversed the order, or at least one of the two orders was luck. That "
+    "first one is *open*, too":
         lambda: (found := labels_ahead(1)) and found[0] < 0 and found[1] < 0 < found[2],
     "It was 0.001 for both": lambda: set(quantisation.CHOSEN.values()) == {0.001},
     "So hard labels are ahead in each of the three seeds, and without rounding, too":
@@ -663,8 +684,8 @@ CLAIMS = {
     "the SavedModel's folder more than twice as large":
         lambda: shipped("distilled", "saved_model").kib > 2 * shipped(
             "distilled", "litert-float32").kib,
-    "The int8 file is 3.5 times smaller than the float32 file, three times as fast, and loses "
-    "0.3 points at most":
+    "The student's int8 file is 3.5 times smaller than the float32 file, three times as fast, and "
+    "loses 0.3 points at most":
         lambda: shipped("distilled", "litert-float32").kib / shipped(
             "distilled", "litert-int8").kib == pytest.approx(3.5, abs=0.05)
         and shipped("distilled", "litert-float32").latency_ms / shipped(
@@ -700,7 +721,8 @@ NOT_MEASURED = {
     "The number looks worse than it is": "the claim before it", "On a shared machine": "advice",
     "The same measurement for the teacher": "what it is", "Left is faster": "how to read it",
     "has the gain over all pairs": "a link", "**Compare two more points.**": "a heading",
-    "The same check, on ten images": "what it is", "any that the random": "how it works",
+    "The same check, on ten images": "what it is",
+    "almost black image": "a test of its own",
     "Training images cost nothing": "advice", "there is little to win": "the figure below",
     "half the size of 8 bits": "arithmetic", "Its slope is zero almost": "arithmetic",
     "We do it twice": "how it is done", "for three more epochs, on": "what was done",
