@@ -381,7 +381,7 @@ def net(width, seed):
     h = layers.GlobalAveragePooling2D(name="pool")(layers.BatchNormalization()(h))
     return keras.Model(pixels, layers.Dense(4, name="logits")(h))
 places = {"vector": ["pool"], "logits": [], "stages": ["map"], "hint": ["map"], "last map": ["map"]}
-for method in ("fitnet", "at", "vid", "ft", "crd", "dkd"):
+for method in ("fitnet", "vid", "crd", "dkd"):  # each kind of extra layer, and none
     names = places[features.METHODS[method].where]
     teacher, student = net(6, 0), net(3, 1)
     made = features.Trainer(method, 0.5, names, names)(
