@@ -623,8 +623,10 @@ CLAIMS = {"README.md": {
         and np.ptp([gradient_length(t, 0.01) for t in GRID]) < 0.1 * gradient_length(1, 0.01),
     "it ends up tens of thousands of times smaller":
         lambda: 10_000 < 256**2 * gradient_length(1) / gradient_length(256) < 100_000,
-    "It rises first, because at small T the KL falls more slowly than T² grows":
-        lambda: np.diff(loss_against_t()[0])[0] > 0 and np.diff(loss_against_t()[0])[-1] < 0
+    "It rises first: at small T the teacher's labels stay nearly hard, so KL falls little while T² "
+    "grows. It passes the limit, and then comes down to it from above":
+        lambda: loss_against_t()[0][0] < loss_against_t()[1]
+        and np.diff(loss_against_t()[0])[0] > 0 and np.diff(loss_against_t()[0])[-1] < 0
         and loss_against_t()[0][-1] > loss_against_t()[1],
     "**You should see** the same loss twice, a smaller one after the epoch, and an accuracy above":
         lambda: (by_hand := printed(NOTEBOOK_4, r"by hand ([\d.]+), in the D\w+ ([\d.]+)")[0])[0]
@@ -1263,12 +1265,14 @@ NOT_MEASURED = {"README.md": {
     "The hard labels enter at T = 1": "a definition", "T decides which differences cost": "step 2",
     "At a large T all logits count alike": "step 2", "makes a smaller step": "arithmetic",
     "is the same formula": "test_notebooks", "narrower and shallower": "the table beside it",
-    "the teacher sees more": "arithmetic", "for two reasons": "the steps below",
+    "probability is higher than the student's": "arithmetic", "for two reasons": "the steps below",
     "keeps the pull of the soft labels about level": "the claims above",
     "does more than balance": "the claim after it", "Only look at whether": "advice",
     "for the same reason. 2.": "test_exercises", "shrinks like 1/T as well": "derived there",
     "should fall 16-fold": "derived there", "with a tenth and a hundredth": "how it is done",
-    "can't be larger than 1": "arithmetic", "unlikely classes hardly count": "an explanation",
+    "can't be larger than 1": "arithmetic", "unlikely hardly counts": "an explanation",
+    "Both are softened with the same T": "a definition", "This gradient stays the same": "step 1",
+    "still have more than step 2 gives": "the claim before it",
     "the same images (that's Dropout)": "the output beside it",
     "weigh 16 times more": "arithmetic", "means little": "advice",
     "on the same batches": "what comes", "larger than the teacher's own": "arithmetic",
