@@ -73,7 +73,7 @@ def test_one_step_on_digits(method, tmp_path):
     made.save(tmp_path / "student.keras")
     saved = keras.saving.load_model(tmp_path / "student.keras")
     assert saved.count_params() == made.count_params() == net(3).count_params()
-    np.testing.assert_array_equal(saved.predict(X, verbose=0), student.predict(X, verbose=0))
+    np.testing.assert_array_equal(saved(X), student(X))
 
 
 def test_the_feature_loss_is_that_of_the_two_features():
@@ -104,7 +104,7 @@ def test_weight_zero_is_the_plain_distiller_to_the_last_bit():
 @pytest.mark.slow
 def test_stored_logits_serve_as_well_as_live_ones():
     teacher, trained = net(6, size=3), []
-    answers = teacher.predict(X, verbose=0)
+    answers = np.asarray(teacher(X))
     for x in (X, (X, answers), (X, np.hstack([answers, NUMBERS])), (X, NUMBERS)):
         student = net(3, seed=1)
         distiller("at", student=student, teacher=teacher).fit(
@@ -118,7 +118,7 @@ def test_stored_logits_serve_as_well_as_live_ones():
 @pytest.mark.slow
 def test_stored_logits_are_the_ones_that_count():
     """Not the teacher's own: here they are somebody else's."""
-    student, other = net(3, seed=1), net(4, seed=7).predict(X, verbose=0)
+    student, other = net(3, seed=1), np.asarray(net(4, seed=7)(X))
     logs = distiller("at", student=student).train_on_batch((X, other), Y, return_dict=True)
     plain = kdlib.Distiller(student=net(3, seed=1), teacher=None, temperature=4.0, alpha=0.3)
     plain.compile(keras.optimizers.SGD(0.01))
@@ -165,7 +165,7 @@ def test_a_layer_inside_another_model_is_found_where_it_is_used():
 @pytest.mark.parametrize("method", ["dkd", "dist"])
 def test_unknown_labels_take_the_teachers_class(method):
     teacher = net(6, size=3)
-    guess, losses = np.argmax(teacher.predict(X, verbose=0), -1), []
+    guess, losses = np.argmax(teacher(X), -1), []
     for labels in (np.full(24, -1), guess):
         made = distiller(method, teacher=teacher, alpha=0.0)
         losses.append(made.train_on_batch(X, labels, return_dict=True)["feature_loss"])

@@ -24,7 +24,7 @@ from test_distiller import tiny
 digits = kdlib.load_dataset("digits")
 data = replace(digits, **{f"{a}_{part}": getattr(digits, f"{a}_{part}")[:400]
                           for a in "xy" for part in ("train", "val", "test")})
-recipe = runs.Recipe(epochs=12, batch_size=8, learning_rate=0.01, views=3, flip=False)
+recipe = runs.Recipe(epochs=8, batch_size=8, learning_rate=0.01, views=3, flip=False)
 print("ready", flush=True)
 run = runs.train_or_load("distilled", data, build=lambda: tiny(6, dropout=0.3, seed=1),
                          teacher=tiny(8), recipe=recipe)

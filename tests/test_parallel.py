@@ -56,7 +56,8 @@ def test_arrays_are_refused():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way, low, high", [("mirrored-synchronized", 0, 1e-6),
-                                            ("mirrored", 1e-4, 10)])
+                                            pytest.param("mirrored", 1e-4, 10,
+                                                         marks=pytest.mark.long)])
 def test_two_devices(way, low, high):
     """BatchNorm over the whole batch is one process's; over halves it is another training."""
     (apart,), _, _ = difference(way, sys.executable)

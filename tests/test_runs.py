@@ -187,7 +187,7 @@ def test_batches_carry_the_teachers_answer_to_the_very_image(data):
     teacher = tiny(8)
     logits = runs.teacher_answers(teacher, data, RECIPE)
     for (images, answers), _ in every_batch(data, RECIPE, seed=3, answers=logits):
-        live = teacher.predict(images, verbose=0)
+        live = np.asarray(teacher(images))
         np.testing.assert_allclose(answers, live, rtol=1e-4, atol=1e-5)
 
 
@@ -292,17 +292,16 @@ def test_top_answers_keep_the_likeliest_and_share_out_the_rest(k):
 
 def test_a_mirrored_teacher_is_the_mean_of_two_answers(data):
     teacher = tiny()
-    logits = [teacher.predict(images, verbose=0) for images in
-              (data.x_val, data.x_val[:, :, ::-1])]
-    found = controls.mirrored(teacher).predict(data.x_val, verbose=0)
+    logits = [np.asarray(teacher(images)) for images in (data.x_val, data.x_val[:, :, ::-1])]
+    found = np.asarray(controls.mirrored(teacher)(data.x_val))
     np.testing.assert_allclose(found, np.mean(logits, axis=0), atol=1e-5)
 
 
 def test_teachers_together_give_their_mean_probability(data):
     teachers = [tiny(seed=seed) for seed in range(3)]
-    soft = [scipy.special.softmax(each.predict(data.x_val, verbose=0).astype("float64"), axis=-1)
+    soft = [scipy.special.softmax(np.asarray(each(data.x_val)).astype("float64"), axis=-1)
             for each in teachers]
-    found = controls.together(*teachers).predict(data.x_val, verbose=0)
+    found = np.asarray(controls.together(*teachers)(data.x_val))
     np.testing.assert_allclose(np.exp(found) / 3, np.mean(soft, axis=0), rtol=1e-4)
 
 
@@ -648,11 +647,11 @@ def test_a_distilled_run_needs_a_teacher(data):
 
 def test_measured_figures_by_hand(data):
     model, teacher = tiny(), tiny(8)
-    logits = model.predict(data.x_test, verbose=0).astype("float64")
+    logits = np.asarray(model(data.x_test)).astype("float64")
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     got = runs.measure(model, data, teacher)
     right = p.argmax(-1) == data.y_test
-    alike = p.argmax(-1) == teacher.predict(data.x_test, verbose=0).argmax(-1)
+    alike = p.argmax(-1) == np.asarray(teacher(data.x_test)).argmax(-1)
     assert got["test_accuracy"] == pytest.approx(right.mean(), abs=1e-4)
     assert got["agreement"] == pytest.approx(alike.mean(), abs=1e-4)
     assert got["nll"] == pytest.approx(-np.log(p[np.arange(60), data.y_test]).mean(), abs=1e-4)
@@ -681,7 +680,7 @@ def transformer():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("build", [residual, transformer])
+@pytest.mark.parametrize("build", [pytest.param(residual, marks=pytest.mark.long), transformer])
 def test_other_families_can_teach(data, monkeypatch, tmp_path, build):
     """Trained, cut off and resumed, asked, cached, and distilled from."""
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "whole"))
@@ -692,7 +691,7 @@ def test_other_families_can_teach(data, monkeypatch, tmp_path, build):
     assert_same_weights(whole, teacher)
     logits = runs.teacher_answers(teacher.model, data, RECIPE)
     (images, answers), _ = runs.Batches(data, RECIPE, seed=0, answers=logits)[0]
-    np.testing.assert_allclose(answers, teacher.model.predict(images, verbose=0),
+    np.testing.assert_allclose(answers, np.asarray(teacher.model(images)),
                                rtol=1e-4, atol=1e-5)
     before = [np.copy(w) for w in teacher.model.get_weights()]
     distilled = train(data, method="distilled", teacher=teacher.model,
