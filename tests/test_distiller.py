@@ -526,7 +526,7 @@ def test_an_unknown_label_is_minus_one_everywhere():
 
 @pytest.mark.slow
 def test_answers_that_are_no_numbers_cost_no_weight():
-    answers = np.asarray(tiny(8)(IMAGES))
+    answers = np.array(tiny(8)(IMAGES))
     answers[3, 3] = np.nan
     made = distiller()
     with pytest.raises(ValueError, match="teacher_logits in batch 0 hold nan"):
