@@ -28,6 +28,7 @@ from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noq
 
 ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
 REFERENCE = ROOT / "reference"
+
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
 VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
