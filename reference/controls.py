@@ -150,7 +150,9 @@ def mirrored(teacher):
 def together(*teachers):
     """The mean of the teachers' probabilities, as logits. Source: Hinton et al. 2015, section 5."""
     pixels = keras.Input(teachers[0].inputs[0].shape[1:], name="pixels")
-    answers = [keras.ops.log_softmax(teacher(pixels)) for teacher in teachers]
+    own = [keras.Model(each.input, each.output, name=f"{each.name}_{k}")  # six have one name
+           for k, each in enumerate(teachers)]
+    answers = [keras.ops.log_softmax(teacher(pixels)) for teacher in own]
     # The logarithm of a sum, not of a mean: logits may differ by a constant.
     return keras.Model(pixels, keras.ops.logsumexp(keras.ops.stack(answers), axis=0),
                        name="together")
