@@ -3,11 +3,12 @@
 from reference import runs  # noqa: F401, I001  isort: skip  (first: keeps TensorFlow quiet)
 import re
 
+import numpy as np
 import pytest
 import scipy.stats
-from claims import BEST, CLAIMS, CONTROLS, NOT_MEASURED, TABLE, alone, behind_j, common_family
-from claims import gained_j, gains, limits_of_best, over_scratch, page, part_c, part_j, points
-from claims import teachers_lead
+from claims import BEST, CLAIMS, CONTROLS, LENGTHS, NOT_MEASURED, TABLE, alone, behind_j
+from claims import common_family, floored, gained_j, gains, limits_of_best, of_length, over_scratch
+from claims import page, part_c, part_j, points, slope, teachers_lead
 from conftest import CIFAR10, ROOT
 
 COMPARES = re.compile(
@@ -97,6 +98,31 @@ def test_the_table_of_part_c_is_that_of_the_rows():
     on_val = part_c(part="val").sub(part_c(part="val").scratch, axis=0)[CONTROLS].mean()
     assert f"(by {-on_val.max():.2f} to {-on_val.min():.2f} points)" in text
     assert f"teacher lies below it by {-over_scratch().gain['distilled-twin']:.2f}." in text
+
+
+def test_the_table_of_part_e_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### E. How long")[2]
+    text = text.replace("\n", " ")
+    for epochs, name in LENGTHS.items():
+        known = floored(name)
+        paired = of_length(epochs).index
+        row = [str(epochs), str(len(paired)), *(f"{points(f'{student}{name}')[paired].mean():.2f}"
+                                                for student in ("scratch", "distilled")),
+               "{:.2f}, {:.2f} to {:.2f}".format(known.mean(), *known.ppf([0.025, 0.975]))]
+        assert f"| {' | '.join(row)} |" in text
+    pairs = sum(len(of_length(epochs)) for epochs in LENGTHS)
+    found = "the gain changes by {:.2f} points, {:.2f} to {:.2f}".format(*slope())
+    assert f"*Endpoint:* each time the epochs double, {found} ({pairs} pairs)" in text
+    later = "{:.2f}, {:.2f} to {:.2f}".format(*slope((10, 20, 40, 100)))
+    assert f"Without those of 5 epochs, which all had teacher 0, it is {later}" in text
+    made = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.str.fullmatch(
+        "(scratch|distilled)-(10|40|100)-epochs")]
+    assert f"took {made.seconds.sum() / 3600:.1f} hours (column seconds)" in text
+    on_val = scipy.stats.linregress(*np.transpose([
+        (np.log2(n), gain) for n in LENGTHS for gain in of_length(n, "val_accuracy")]))
+    half = scipy.stats.t.ppf(0.975, pairs - 2) * on_val.stderr
+    found = f"{on_val.slope:.2f}, {on_val.slope - half:.2f} to {on_val.slope + half:.2f}"
+    assert f"On validation it is {found}" in text
 
 
 def test_the_table_of_part_h_is_that_of_the_rows():

@@ -325,7 +325,7 @@ def test_08_2_no_floor_for_three_pairs(do):
     said = "{:.2f} to {:.2f}".format(*narrow)
     assert f"It shrinks to {said}" in exercises("08")
     do("08", {"if n < 5": "if n < 2"}, until="questions = ",
-       check=f"""shown = interval(questions["5 epochs"][0])
+       check=f"""shown = interval(questions["5 epochs"][2])
 assert shown.split() == {said.split()}""", KD_DATASET="cifar10")
 
 
