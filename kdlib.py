@@ -237,17 +237,17 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     0.0
     """
     temperature = _number("temperature", temperature)
-    student_logits = _as_float("student_logits", student_logits)
-    teacher_logits = ops.cast(_as_float("teacher_logits", teacher_logits), student_logits.dtype)
-    taught, learned = tuple(teacher_logits.shape), tuple(student_logits.shape)
+    student = _as_float("student_logits", student_logits)
+    teacher = ops.cast(_as_float("teacher_logits", teacher_logits), student.dtype)
+    taught, learned = tuple(teacher.shape), tuple(student.shape)
     require(len(taught) > 1 and 0 not in taught and _agree(taught, learned), f"teacher_logits have "
             f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
     # Where both exclude a class, the student's -inf would make the gradient nan.
-    least = ops.where(teacher_logits == -math.inf, -1e38, -math.inf)
-    z, w = teacher_logits / temperature, ops.maximum(student_logits, least) / temperature
+    student = ops.maximum(student, ops.where(teacher == -math.inf, -1e38, -math.inf))
+    gap, z, w = teacher - student, teacher / temperature, student / temperature
     p, q = ops.softmax(z, axis=-1), ops.softmax(w, axis=-1)
-    # d = log(p / q). Where T makes it tiny, a difference of two logarithms is mostly rounding.
-    s = z - w - ops.stop_gradient(ops.max(z - w, axis=-1, keepdims=True))
+    # d = log(p / q). A small difference of quotients or logarithms is mostly their rounding.
+    s = (gap - ops.stop_gradient(ops.max(gap, axis=-1, keepdims=True))) / temperature
     change = ops.sum(q * ops.expm1(s), axis=-1, keepdims=True)
     d = ops.where(change > -0.5, s - ops.log1p(ops.maximum(change, -0.5)),
                   ops.log_softmax(z, axis=-1) - ops.log_softmax(w, axis=-1))
@@ -337,24 +337,24 @@ def _are_raw(model, images):
     first = next(_scales(model), None)
     raw = (np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else first is not None
            and np.max(ops.convert_to_numpy(first.mean)) > 1)  # a number, also in JAX's trace
-    images, *others = keras.tree.flatten(images)
-    pixels = len(images.shape) == 4 and 0 not in images.shape and "float" in str(images.dtype)
-    if others or not raw or not pixels:
+    x, *others = keras.tree.flatten(images)
+    if others or not raw or len(x.shape) != 4 or 0 in x.shape or "float" not in str(x.dtype):
         return True
-    return (ops.min(images) >= 0) & (ops.max(images) > 1) | (ops.min(images) == ops.max(images))
+    return (ops.min(x) >= 0) & (ops.max(x) > 1) | (ops.min(x) == ops.max(x))
 
 
 def _guarded(method):
     @functools.wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        images, callbacks = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
+        images, given = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
         if hasattr(images, "__array__"):  # others show themselves batch by batch
             check_images("student", self.student, ops.convert_to_numpy(images[:64]))
         batchwise = "callbacks" in call.signature.parameters
-        if batchwise and not isinstance(callbacks, keras.callbacks.CallbackList):  # fit's are ours
+        given = keras.tree.flatten(getattr(given, "callbacks", given) or [])  # of a CallbackList
+        if batchwise and not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
             look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
-            call.arguments["callbacks"] = [look, *keras.tree.flatten(callbacks or [])]
+            call.arguments["callbacks"] = [look, *given]
         found = method(*call.args, **call.kwargs)
         if not batchwise and "y" in call.signature.parameters:  # train_on_batch, test_on_batch
             _look(0, {loss.name: float(loss.result()) for loss in self._losses_seen})
@@ -368,7 +368,7 @@ def _look(batch, logs):
     require(math.isfinite(hard) or math.isfinite(soft), f"loss in batch {batch} is not finite: the "
             "training has diverged. Lower the learning rate.", FloatingPointError)
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
-            "unknown, or a sample_weight is not finite.")
+            "unknown (look at np.unique(labels)), or a sample_weight is not finite.")
     require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
             "probabilities (store logits, or np.log), or the teacher's images are not raw pixels.")
 
@@ -475,8 +475,8 @@ class Distiller(keras.Model):
         """Class numbers, their weights, which are known, and whether all were valid or -1."""
         y = ops.full(ops.shape(logits)[:1], -1) if y is None and self.alpha == 0 else y
         shape, classes = tuple(getattr(y, "shape", ())), logits.shape[-1]
-        require(len(shape) == 1 or shape[1:] == (1,), f"labels have shape {shape}. Give class "
-                "numbers: fit(images, labels). np.argmax makes them from one-hot rows.")
+        require(len(shape) == 1 or shape[1:] == (1,), f"labels are {shape or type(y).__name__}. "
+                "Give class numbers: fit(images, labels). Of one-hot rows take np.argmax.")
         y = ops.cast(ops.reshape(y, (-1,)), "float32")  # exact up to 16 million classes
         known = (y == ops.floor(y)) & (y >= 0) & (y < classes)
         weight = ops.cast(1 if weight is None else ops.reshape(weight, (-1,)), "float32")

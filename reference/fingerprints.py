@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import dis
 import functools
 import hashlib
@@ -52,7 +53,8 @@ def architecture(model) -> str:
     try:
         config = json.loads(text(model.get_config()))
     except NotImplementedError:  # a subclassed model; runs.py compares its answers as well
-        return digest(type(model).__qualname__, [list(w.shape) for w in model.weights])
+        return digest(type(model).__qualname__, [list(w.shape) for w in model.weights],
+                      *_own_code(model))
     nodes = [*model._flatten_layers(), *getattr(model, "operations", ())]
     number = {node.name: k for k, node in enumerate(nodes)}
 
@@ -69,16 +71,53 @@ def architecture(model) -> str:
 
 
 def _own_code(model) -> list:
-    """Of layers that are not Keras's: the digest of their methods, which no config tells."""
-    kinds = {kind for layer in (model, *model._flatten_layers()) for kind in type(layer).__mro__}
-    own = sorted((kind for kind in kinds if kind.__module__.split(".")[0] not in (
-        "keras", "tensorflow", "builtins")), key=lambda kind: kind.__qualname__)
-    return [code_digest(*filter(inspect.isfunction, vars(kind).values())) for kind in own]
+    """What no config tells: the code of layers that are not Keras's, and of functions that a
+    layer holds (a Lambda, an activation), with their helpers, and their classes' attributes."""
+    layers = [model, *model._flatten_layers()]
+    kinds = [*filter(_is_own, {kind for layer in layers for kind in type(layer).__mro__})]
+    parts = [inspect.unwrap(getattr(part, "fget", part))
+             for holder in (*kinds, *layers) for part in vars(holder).values()]
+    parts = {getattr(part, "__func__", part) for part in parts if callable(part)}
+    own = [part for part in parts if inspect.isfunction(part) and _is_own(part)
+           and part.__name__ != "<lambda>"]  # a config holds all of a lambda
+    own.sort(key=lambda part: (part.__qualname__, part.__module__, part.__code__.co_firstlineno))
+    attributes = sorted(text(_plain(vars(kind))) for kind in kinds)
+    return [code_digest(*with_helpers(*own)), attributes] if own else []
+
+
+def _is_own(part) -> bool:
+    return part.__module__.split(".")[0] not in ("keras", "tensorflow", "builtins")
+
+
+def _plain(values: dict) -> dict:
+    """Those of the values that their text tells whole: numbers, words, and lists of them."""
+    def is_plain(value):
+        with contextlib.suppress(TypeError, ValueError):
+            return bool(json.dumps(value))
+
+    return {name: value for name, value in values.items() if name[:2] != "__" and is_plain(value)}
 
 
 def code_digest(*functions) -> str:
-    """Of what functions do: their syntax trees, without comments and docstrings."""
-    return digest([_tree(function) for function in functions])
+    """Of what functions and classes do: their syntax trees, without comments and docstrings, and
+    the numbers and words that they read by a global name."""
+    read = [_plain({name: method.__globals__.get(name, dis)
+                    for name in _read_names(method.__code__)})
+            for function in functions for method in _methods(function)]
+    return digest([_tree(function) for function in functions], *filter(None, read))
+
+
+def _methods(part) -> list:
+    """The function itself, or those of a class."""
+    return [each for each in (part, *vars(part).values()) if inspect.isfunction(each)]
+
+
+def alike(model, answers, others) -> bool:
+    """Whether two arrays of a model's logits differ by rounding alone: by a thousandth, where it
+    computes in half precision by a fiftieth."""
+    half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
+    answers, gap = np.asarray(answers), np.subtract(answers, others)
+    return np.linalg.norm(gap) <= (2e-2 if half else 1e-3) * np.linalg.norm(answers)
 
 
 def with_helpers(*code) -> list:
@@ -86,8 +125,8 @@ def with_helpers(*code) -> list:
 
     Those come by name: the order in which they are met depends on the version of Python.
     """
-    found, queue = dict.fromkeys(code), [(part, part.__code__) for part in code
-                                         if inspect.isfunction(part)]
+    found = dict.fromkeys(code)
+    queue = [(each, each.__code__) for part in code for each in _methods(part)]
     while queue:
         caller, block = queue.pop()
         queue += [(caller, each) for each in block.co_consts if inspect.iscode(each)]
@@ -169,7 +208,7 @@ def libraries() -> str:
 
 
 def machine() -> str:
-    """What rounding depends on besides the libraries: the number of threads, the processor."""
+    """What rounding depends on besides the libraries: threads, processor, kernels asked for."""
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.*)", info.read_text() if info.exists() else "", re.M)
     cpu = found[1] if found else platform.processor() or platform.machine()
@@ -177,4 +216,7 @@ def machine() -> str:
     asked = os.environ.get("TF_NUM_INTRAOP_THREADS", "")  # TensorFlow obeys it, and does not say so
     threads = (tf.config.threading.get_intra_op_parallelism_threads()
                or (int(asked) if asked.isdecimal() else 0) or cores)
-    return f"{threads} cores, {cpu}"
+    kernels = ("TF_ENABLE_ONEDNN_OPTS", "ONEDNN_MAX_CPU_ISA", "ONEDNN_DEFAULT_FPMATH_MODE")
+    chosen = [f"{name}={os.environ[name]}" for name in kernels
+              if os.environ.get(name, "1") not in ("1", "")]
+    return ", ".join([f"{threads} cores, {cpu}", *chosen])

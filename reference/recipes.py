@@ -124,6 +124,21 @@ def make_optimizer(recipe: Recipe, steps: int, *, last_layer: str) -> keras.opti
     return optimizer
 
 
+def compile_for(trainer, recipe: Recipe, dataset, *, distilled: bool, last_layer: str) -> None:
+    """Compile what is fitted on the dataset. A distilled one has losses of its own."""
+    steps = -(-len(dataset.y_train) // recipe.batch_size)
+    trainer.compile(
+        optimizer=make_optimizer(recipe, steps, last_layer=last_layer),
+        loss=(None if distilled else
+              SmoothedCrossentropy(recipe.smoothing) if recipe.smoothing else
+              keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
+        metrics=[], weighted_metrics=["accuracy"], steps_per_execution=min(steps, 24),
+        jit_compile=False)  # slower on the CPU
+    # Keras would make the accuracy's variables in the first step, and trace that step twice.
+    trainer.compute_metrics(None, dataset.y_val[:1], np.zeros((1, len(dataset.class_names))))
+    trainer.reset_metrics()
+
+
 class Muon(keras.optimizers.Muon):
     """Keras's Muon, for convolutions too: a kernel is a matrix (inputs, outputs).
 

@@ -92,7 +92,8 @@ def check_loads(model, folder: Path) -> None:
     """Before the training: what ``build`` returns can be loaded afterwards."""
     path = folder / "aside-first.keras"
     try:
-        model.save(path)
+        with store.named(path):
+            model.save(path)
         keras.saving.load_model(path, compile=False)
     except (TypeError, ValueError, NotImplementedError) as error:
         raise ValueError(f"Keras cannot load back what build returns ({str(error)[:200]}). Use "

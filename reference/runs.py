@@ -14,7 +14,6 @@ import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import filelock
 import kdlib
 import keras
 import numpy as np
@@ -32,11 +31,11 @@ REFERENCE = ROOT / "reference"
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
 VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
-CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(
-    kdlib._as_float, kdlib.distillation_loss, kdlib.Distiller.call, kdlib.Distiller._split,
-    kdlib.Distiller.compute_loss, kdlib.Distiller._labels, measures.figures,
-    measures.expected_calibration_error, Batches, make_optimizer, recipes.Muon,
-    recipes._as_matrix, recipes.FusedBatchNormalization, recipes.SmoothedCrossentropy))
+CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(*fingerprints.with_helpers(
+    kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
+    kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
+    measures.figures, predict_logits, Batches, make_optimizer, recipes.Muon,
+    recipes.FusedBatchNormalization, recipes.SmoothedCrossentropy)))
 
 # --- train or load --------------------------------------------------------------------
 
@@ -76,17 +75,12 @@ def train_or_load(method: str, dataset, *, callbacks=None, **settings) -> Run:
     task = Task(method, dataset, **settings)
     if (run := task.load(published=not _retrain())) is not None:
         return run
-    with store.named(task.folder):
-        task.folder.mkdir(parents=True, exist_ok=True)
-    if (error := task.divergence()) is not None:
-        raise error
-    try:
-        with filelock.FileLock(task.folder / "lock").acquire(timeout=0):
-            # Another process may have just finished it.
-            return task.load(published=False) or task.finish(task.train(callbacks))
-    except filelock.Timeout:
-        raise RuntimeError(f"the run {task.folder.name} is under way in another process. Wait for "
-                           "it, or stop it.") from None
+    with store.lock(task.folder / "lock", f"the run {task.folder.name} is under way in another "
+                    "process. Wait for it, or stop it."):
+        if (error := task.divergence()) is not None:
+            raise error
+        # Another process may have just finished it.
+        return task.load(published=False) or task.finish(task.train(callbacks))
 
 
 class Task:
@@ -175,14 +169,8 @@ class Task:
         if self.own:
             resume.check_loads(self.model, self.folder)
         trainer, validation, answers = self._trainer()
-        steps = -(-len(self.dataset.y_train) // self.recipe.batch_size)
-        trainer.compile(
-            optimizer=make_optimizer(self.recipe, steps, last_layer=self.model.layers[-1].name),
-            loss=(None if self.distilled else
-                  recipes.SmoothedCrossentropy(self.recipe.smoothing) if self.recipe.smoothing else
-                  keras.losses.SparseCategoricalCrossentropy(from_logits=True)),
-            metrics=[], weighted_metrics=["accuracy"], steps_per_execution=min(steps, 24),
-            jit_compile=False)  # slower on the CPU
+        recipes.compile_for(trainer, self.recipe, self.dataset, distilled=self.distilled,
+                            last_layer=self.model.layers[-1].name)
         keeper = resume.Keeper(self.folder, self.spec)
         keeper.restore(trainer)
         bar = [] if callbacks else [TqdmCallback(verbose=0, desc=self.spec["method"], leave=False)]
@@ -300,8 +288,8 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
     try:
         found = store.read_notes(notes)
         spec = fingerprints.text({**found["spec"], "code": CODE})
-        if spec != fingerprints.text(task.spec) or not np.allclose(
-                found["first_answers"], task.first_answers, rtol=1e-2, atol=1e-2):
+        if spec != fingerprints.text(task.spec) or not fingerprints.alike(
+                task.model, task.first_answers, found["first_answers"]):
             return None
         if found["spec"]["code"] != CODE:
             warnings.warn(f"{notes.stem} was made by other code than today's: it is not used. If "
@@ -328,8 +316,8 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
 def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]:
     """A run's logits as they were kept, if they are this model's; else it is asked again."""
     found, parts = measures.read_logits(path, name), {"val": dataset.x_val, "test": dataset.x_test}
-    if found and all(len(found[part]) == len(images) and np.allclose(
-            found[part][:4], model(images[:4], training=False), rtol=1e-2, atol=1e-2)
+    if found and all(len(found[part]) == len(images) and fingerprints.alike(
+            model, model(images[:4], training=False), found[part][:4])
             for part, images in parts.items()):
         return found
     return measures.halved(_both_logits(model, dataset))
@@ -367,7 +355,7 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
     path = runs_folder() / f"answers-{key[:16]}" / f"{name}.npy"
     if path.exists() and (kept := store.read_array(path)) is not None:
         some = np.linspace(0, len(images) - 1, 8).astype(int)
-        if np.allclose(kept[some], ask(some), rtol=1e-2, atol=1e-2):
+        if fingerprints.alike(teacher, ask(some), kept[some]):
             return kept
         warnings.warn(f"the stored answers in {path.parent.name} are not this teacher's: it is "
                       "asked again.", stacklevel=2)

@@ -20,7 +20,6 @@ if __name__ == "__main__":  # run as a file: the project's folder is not on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reference import cluster, fingerprints, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
-import filelock
 import keras
 import numpy as np
 import pandas as pd
@@ -132,7 +131,7 @@ def run(search: Search, *, trials: int, workers: int = 0, cores: int = 1, addres
         bar=None):
     """Go on until so many trials are done, given-up ones counted; returns the study."""
     require(trials >= 1, f"trials is {trials}. Give at least 1.")
-    with filelock.FileLock(runs.runs_folder() / f"{search.name}.lock"):  # one driver a study
+    with store.lock(runs.runs_folder() / f"{search.name}.lock"):  # one driver a study
         again = [(t.number, t.params["temperature"], t.params["alpha"])
                  for t in search.study().trials if not t.state.is_finished() and _begun(search, t)]
         if workers:

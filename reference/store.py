@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from pathlib import Path
 
+import filelock
 import numpy as np
 
 from reference.fingerprints import digest, text
@@ -29,6 +30,17 @@ def named(path: Path):
         value = os.environ.get("KD_RUNS_DIR")
         raise type(error)(error.errno, f"{error.strerror or error}: {path}. Free some space, or "
                           f"choose another folder (KD_RUNS_DIR, for runs, is {value!r})") from error
+
+
+def lock(path: Path, busy: str | None = None):
+    """Take the lock of a file, until the context ends. Where another process has it, wait, or
+    raise RuntimeError(busy)."""
+    with named(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return filelock.FileLock(path).acquire(timeout=0 if busy else -1)
+        except filelock.Timeout:
+            raise RuntimeError(busy) from None
 
 
 def write_whole(path: Path, write) -> None:

@@ -91,9 +91,9 @@ def of_length(epochs, column="test_accuracy"):
                  column=column)
 
 
-def line(lengths=tuple(LENGTHS)):
+def line(lengths=tuple(LENGTHS), column="test_accuracy"):
     """Least squares of gain against log2(epochs), all pairs: coefficients, covariance, t."""
-    found = np.array([(1, np.log2(n), gain) for n in lengths for gain in of_length(n)])
+    found = np.array([(1, np.log2(n), gain) for n in lengths for gain in of_length(n, column)])
     design, gain = found[:, :2], found[:, 2]
     fit, squares, *_ = np.linalg.lstsq(design, gain)
     freedom = len(gain) - 2
@@ -101,9 +101,9 @@ def line(lengths=tuple(LENGTHS)):
     return fit, covariance, scipy.stats.t.ppf(0.975, freedom)
 
 
-def slope(lengths=tuple(LENGTHS)):
+def slope(lengths=tuple(LENGTHS), column="test_accuracy"):
     """Change of the gain each time the epochs double, and its 95 % interval."""
-    fit, covariance, t = line(lengths)
+    fit, covariance, t = line(lengths, column)
     return fit[1] + np.array([0, -1, 1]) * t * covariance[1, 1] ** 0.5
 
 

@@ -449,12 +449,12 @@ def test_something_that_is_no_model():
 
 
 def test_one_hot_labels():
-    with pytest.raises(ValueError, match=r"labels have shape \(.*10\).*argmax"):
+    with pytest.raises(ValueError, match=r"labels are \(.*10\).*argmax"):
         distiller().fit(IMAGES, np.eye(10)[LABELS], verbose=0)
 
 
 def test_no_labels():
-    with pytest.raises(ValueError, match="labels have shape"):
+    with pytest.raises(ValueError, match="labels are"):
         distiller().fit(IMAGES, verbose=0)
     with_none, with_any = distiller(alpha=0), distiller(alpha=0)
     for made, labels in ((with_none, None), (with_any, LABELS)):
@@ -506,7 +506,7 @@ def test_labels_that_no_class_has(door):
 
 
 def test_data_sets_without_labels_or_with_names():
-    for data, said in ((IMAGES, "labels have shape"),
+    for data, said in ((IMAGES, "labels are NoneType. Give class numbers"),
                        ({"image": IMAGES, "label": LABELS}, "keys .*image.*label")):
         with pytest.raises(ValueError, match=said):
             distiller().fit(tf.data.Dataset.from_tensor_slices(data).batch(8), shuffle=False,
@@ -881,7 +881,7 @@ def test_settings_of_the_loss_that_would_be_ignored(settings):
 
 
 def test_labels_by_name():
-    with pytest.raises(ValueError, match="labels have shape"):
+    with pytest.raises(ValueError, match="labels are"):
         distiller().fit(IMAGES, {"a": LABELS}, verbose=0)
 
 
@@ -935,6 +935,16 @@ def test_a_checkpoint_of_weights_in_a_student(tmp_path):
     fresh.load_weights(tmp_path / "a.weights.h5")
     for a, b in zip(made.get_weights(), fresh.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_list_of_callbacks_made_by_keras_is_guarded_too():
+    made, seen = distiller(), []
+    callbacks = keras.callbacks.CallbackList([keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: seen.append(batch))], model=made)
+    with pytest.raises(ValueError, match="neither class numbers nor -1"):
+        made.fit(IMAGES, LABELS + 10, callbacks=callbacks, verbose=0)
+    made.fit(IMAGES, LABELS, callbacks=callbacks, validation_data=(IMAGES, LABELS), verbose=0)
+    assert seen
 
 
 def test_callbacks_by_position_as_keras_takes_them():

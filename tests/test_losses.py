@@ -51,6 +51,24 @@ def test_loss_and_gradient_agree_with_float64(temperature, scale):
     assert error < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("temperature", [3, 4, 20, 100])
+@pytest.mark.parametrize("scale", [1.0, 30.0, 100.0])
+@pytest.mark.parametrize("gap", [1e-3, 1e-2, 1e-1])
+def test_a_student_close_to_its_teacher(temperature, scale, gap):
+    """Where both are large and alike, rounding of either may be larger than what they differ by."""
+    teacher, noise = some_logits(scale)[0], some_logits(gap, seed=1)[0]
+    student = tf.Variable(teacher + noise)
+    with tf.GradientTape() as tape:
+        loss = kdlib.distillation_loss(teacher_logits=teacher, student_logits=student,
+                                       temperature=temperature)
+    p, q = (log_softmax64(z, temperature) for z in (teacher, student.numpy()))
+    d = p - q
+    exact = temperature**2 * np.mean(np.sum(np.exp(p) * (np.expm1(-d) + d), axis=-1))
+    assert float(loss) == pytest.approx(exact, rel=1e-3)
+    want = temperature * (np.exp(q) - np.exp(p)) / len(teacher)
+    assert np.linalg.norm(tape.gradient(loss, student) - want) < 1e-3 * np.linalg.norm(want)
+
+
 def test_a_class_of_probability_zero_contributes_nothing():
     student = tf.Variable([[0.0, 0.0]])
     with tf.GradientTape() as tape:

@@ -520,6 +520,16 @@ def test_muon_leaves_depthwise_kernels_to_adamw():
     assert found == {"thin": [True, True], "dense": [False, True]}  # kernel, bias
 
 
+def test_the_last_layer_and_embeddings_are_kept_from_muon():
+    words = keras.Input((8,), dtype="int32")
+    x = keras.layers.Flatten()(keras.layers.Embedding(5, 3, name="words")(words))
+    x = keras.layers.Dense(4, name="fc1")(x)
+    model = keras.Model(words, keras.layers.Dense(4, name="fc")(x))
+    optimizer = recipes.make_optimizer(replace(RECIPE, optimizer="muon"), 5, last_layer="fc")
+    found = {v.path: optimizer._should_use_adamw(v) for v in model.trainable_variables}
+    assert [path for path, adamw in found.items() if not adamw] == ["fc1/kernel"]
+
+
 def test_a_step_of_muon_is_nearly_orthogonal():
     kernel = keras.Variable(np.zeros((3, 3, 4, 8), "float32"), name="kernel")
     optimizer = recipes.Muon(learning_rate=1.0, weight_decay=0.0, rms_rate=None)
@@ -721,14 +731,15 @@ def test_labels_changed_in_place_are_other_data(data):
 
 @keras.saving.register_keras_serializable("tests")
 class Changing(keras.Model):
-    factor = 1.0
+    factor, hidden = 1.0, np.array(1.0)  # no text tells an array
 
     def __init__(self, **settings):
         super().__init__(**settings)
         self.pool, self.dense = keras.layers.GlobalAveragePooling2D(), keras.layers.Dense(10)
 
     def call(self, images):
-        return self.factor * self.dense(self.pool(keras.ops.cast(images, "float32") / 255))
+        pixels = keras.ops.cast(images, "float32") / 255
+        return self.factor * self.hidden * self.dense(self.pool(pixels))
 
 
 def changing():
@@ -738,22 +749,27 @@ def changing():
 
 
 @pytest.mark.slow
-def test_a_model_whose_code_changed_is_not_found_again(data, monkeypatch):
+@pytest.mark.parametrize("change", [{"factor": 3.0}, {"hidden": np.array(1.01)}])
+def test_a_model_whose_code_changed_is_not_found_again(data, monkeypatch, change):
     first = train(data, build=changing)
     assert_same_weights(first, train(data, build=changing))
-    monkeypatch.setattr(Changing, "factor", 3.0)
+    monkeypatch.setattr(Changing, *change.popitem())
     assert np.any(train(data, build=changing).model.get_weights()[0]
                   != first.model.get_weights()[0])
 
 
 def test_a_teacher_whose_code_changed_is_asked_again(data, monkeypatch):
     teacher = changing()
-    first = runs.stored_answers(teacher, data, "val")
-    monkeypatch.setattr(Changing, "factor", 3.0)
+    first = runs.stored_answers(teacher, data, "val").copy()
+    monkeypatch.setattr(Changing, "factor", 1.001)  # seen in the code, however small
+    teacher.make_predict_function(force=True)
+    again = runs.stored_answers(teacher, data, "val").copy()
+    np.testing.assert_allclose(again, 1.001 * first, rtol=1e-5)
+    monkeypatch.setattr(Changing, "hidden", np.array(1.01))  # seen in the answers
     teacher.make_predict_function(force=True)
     with pytest.warns(UserWarning, match="are not this teacher's"):
-        again = runs.stored_answers(teacher, data, "val")
-    np.testing.assert_allclose(again, 3 * first, rtol=1e-5)
+        third = runs.stored_answers(teacher, data, "val")
+    np.testing.assert_allclose(third, 1.01 * again, rtol=1e-5)
 
 
 @pytest.mark.parametrize("damaged", [lambda c: c[:-5], lambda c: c[:200] + b"x" + c[201:]])
@@ -874,6 +890,77 @@ def test_the_code_of_own_layers_is_part_of_an_architecture():
     assert two == again != three
 
 
+SLOPE = 2.0
+
+
+def bend(x):
+    return keras.ops.maximum(x, SLOPE * x)
+
+
+def bent(x):
+    return bend(x)
+
+
+class Bending(keras.layers.Layer):
+    slope = 1.0
+
+    @property
+    def twice(self):
+        return 2 * self.slope
+
+    def call(self, x):
+        return bend(x) * self.twice
+
+
+class Settings:
+    """What no config can hold, so that the model has none."""
+
+
+class Bare(keras.Model):
+    def __init__(self, settings):
+        super().__init__()
+        self.dense = keras.layers.Dense(2)
+
+    def call(self, x):
+        return bend(self.dense(x))
+
+
+def bare(pixels):
+    model = Bare(Settings())
+    model(np.zeros((1, 4)))
+    return model
+
+
+@pytest.mark.parametrize("make", [
+    lambda x: keras.Model(x, keras.layers.Lambda(bent)(x)),
+    lambda x: keras.Model(x, keras.layers.Dense(2, activation=bent)(x)),
+    lambda x: keras.Model(x, Bending()(x)), bare], ids=["Lambda", "activation", "layer", "bare"])
+@pytest.mark.parametrize("change", [("SLOPE", 3.0), ("bend", keras.activations.gelu)],
+                         ids=["constant", "helper"])
+def test_what_a_model_calls_and_reads_is_part_of_its_architecture(make, change, monkeypatch):
+    first, again = (fingerprints.architecture(make(keras.Input((4,)))) for _ in range(2))
+    monkeypatch.setitem(globals(), *change)
+    assert first == again != fingerprints.architecture(make(keras.Input((4,))))
+
+
+@pytest.mark.parametrize("change", [("slope", 2.0), ("twice", property(lambda self: 3.0))])
+def test_attributes_and_properties_of_a_layer_are_part_of_it(change, monkeypatch):
+    pixels = keras.Input((4,))
+    model = keras.Model(pixels, Bending()(pixels))
+    first = fingerprints.architecture(model)
+    monkeypatch.setattr(Bending, *change)
+    assert fingerprints.architecture(model) != first
+
+
+@pytest.mark.parametrize("part", ["_as_float", "_are_raw", "_are_probabilities", "_scales"])
+def test_the_code_of_a_run_holds_what_the_distiller_calls(part):
+    """Also through the closure in which a Distiller asks its teacher."""
+    parts = fingerprints.with_helpers(
+        kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.compute_loss)
+    assert getattr(kdlib, part) in parts and recipes._as_matrix in fingerprints.with_helpers(
+        recipes.Muon)
+
+
 def test_a_file_that_is_being_written_is_in_no_list(tmp_path):
     seen = []
 
@@ -916,6 +1003,14 @@ def test_threads_asked_for_in_the_environment_are_named(asked, threads, monkeypa
     usual = str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
                 else os.cpu_count())
     assert fingerprints.machine().startswith(f"{threads or usual} cores, ")
+
+
+def test_other_kernels_asked_for_in_the_environment_are_named(monkeypatch):
+    usual = fingerprints.machine()
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "1")
+    assert fingerprints.machine() == usual
+    monkeypatch.setenv("TF_ENABLE_ONEDNN_OPTS", "0")
+    assert fingerprints.machine() == f"{usual}, TF_ENABLE_ONEDNN_OPTS=0"
 
 
 @pytest.mark.parametrize("method", ["distilled-/../../x", "../x", "distilled x", ""])
@@ -1026,6 +1121,13 @@ def test_a_runs_folder_that_cannot_be_written(data, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "file"))
     with pytest.raises(OSError, match="KD_RUNS_DIR, for runs, is .*file"):
+        train(data)
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / "runs"))
+    (runs.Task("scratch", data, build=tiny, recipe=RECIPE).folder / "lock").mkdir(parents=True)
+    with pytest.raises(OSError, match="lock.*KD_RUNS_DIR, for runs, is .*runs"):
+        train(data, build=tiny)
+    monkeypatch.setattr(keras.Model, "save", mock.Mock(side_effect=OSError(28, "full")))
+    with pytest.raises(OSError, match="full: .*KD_RUNS_DIR, for runs, is .*runs"):
         train(data)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("KD_RUNS_DIR", "~/mine")
