@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import re
+import sys
 import textwrap
 from pathlib import Path
 
@@ -19,6 +20,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 from kdlib import require
+
+
+LIBRARIES = {"keras", "tensorflow", "numpy", *sys.stdlib_module_names, *sys.builtin_module_names}
 
 
 def text(value) -> str:
@@ -71,22 +75,25 @@ def architecture(model) -> str:
 
 
 def _own_code(model) -> list:
-    """What no config tells: the code of layers that are not Keras's, and of functions that a
-    layer holds (a Lambda, an activation), with their helpers, and their classes' attributes."""
+    """What no config tells: the code of layers, and of what a layer holds (an activation, a
+    Lambda's function, a regularizer), if it is not Keras's; with helpers and class attributes."""
     layers = [model, *model._flatten_layers()]
-    kinds = [*filter(_is_own, {kind for layer in layers for kind in type(layer).__mro__})]
-    parts = [inspect.unwrap(getattr(part, "fget", part))
-             for holder in (*kinds, *layers) for part in vars(holder).values()]
-    parts = {getattr(part, "__func__", part) for part in parts if callable(part)}
-    own = [part for part in parts if inspect.isfunction(part) and _is_own(part)
-           and part.__name__ != "<lambda>"]  # a config holds all of a lambda
-    own.sort(key=lambda part: (part.__qualname__, part.__module__, part.__code__.co_firstlineno))
+    held = [part for layer in layers for part in (layer, *vars(layer).values())]
+    kinds = {kind for part in held if _is_own(type(part)) for kind in type(part).__mro__
+             if _is_own(kind)}
+    parts = [*held, *(part for kind in kinds for part in vars(kind).values())]
+    parts = [inspect.unwrap(getattr(part, "fget", part)) for part in parts]
+    parts = [getattr(part, "__func__", part) for part in parts]
+    own = {part for part in filter(inspect.isfunction, parts)
+           if _is_own(part) and part.__name__ != "<lambda>"}  # a config holds all of a lambda
+    own = sorted(own, key=lambda part: (part.__qualname__, part.__module__,
+                                        part.__code__.co_firstlineno))
     attributes = sorted(text(_plain(vars(kind))) for kind in kinds)
     return [code_digest(*with_helpers(*own)), attributes] if own else []
 
 
 def _is_own(part) -> bool:
-    return part.__module__.split(".")[0] not in ("keras", "tensorflow", "builtins")
+    return part.__module__.split(".")[0] not in LIBRARIES
 
 
 def _plain(values: dict) -> dict:
@@ -182,11 +189,20 @@ def _is_told(value, module: str) -> bool:
 
 @functools.cache  # of the code that was imported: a file edited later does not change it
 def _tree(function) -> str:
-    tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+    except OSError:  # made by exec, or typed in
+        return text(_bytecode(function.__code__))
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
     return text(_bare(tree))
+
+
+def _bytecode(block) -> list:
+    constants = [_bytecode(each) if inspect.iscode(each) else repr(each)
+                 for each in block.co_consts]
+    return [block.co_code.hex(), block.co_names, constants]
 
 
 def _bare(node):

@@ -912,6 +912,14 @@ class Bending(keras.layers.Layer):
         return bend(x) * self.twice
 
 
+class Bender(keras.regularizers.Regularizer):
+    def __call__(self, x):
+        return keras.ops.sum(bend(x))
+
+    def get_config(self):
+        return {}
+
+
 class Settings:
     """What no config can hold, so that the model has none."""
 
@@ -934,13 +942,24 @@ def bare(pixels):
 @pytest.mark.parametrize("make", [
     lambda x: keras.Model(x, keras.layers.Lambda(bent)(x)),
     lambda x: keras.Model(x, keras.layers.Dense(2, activation=bent)(x)),
-    lambda x: keras.Model(x, Bending()(x)), bare], ids=["Lambda", "activation", "layer", "bare"])
+    lambda x: keras.Model(x, keras.layers.Dense(2, kernel_regularizer=Bender())(x)),
+    lambda x: keras.Model(x, Bending()(x)), bare],
+    ids=["Lambda", "activation", "regularizer", "layer", "bare"])
 @pytest.mark.parametrize("change", [("SLOPE", 3.0), ("bend", keras.activations.gelu)],
                          ids=["constant", "helper"])
 def test_what_a_model_calls_and_reads_is_part_of_its_architecture(make, change, monkeypatch):
     first, again = (fingerprints.architecture(make(keras.Input((4,)))) for _ in range(2))
     monkeypatch.setitem(globals(), *change)
     assert first == again != fingerprints.architecture(make(keras.Input((4,))))
+
+
+def test_a_function_without_a_source_has_its_bytecode():
+    def made(factor):
+        space = {}
+        exec(f"def f(x):\n    return sum(k * x for k in ({factor},))", space)
+        return fingerprints.code_digest(space["f"])
+
+    assert made(2) == made(2) != made(3)
 
 
 @pytest.mark.parametrize("change", [("slope", 2.0), ("twice", property(lambda self: 3.0))])
