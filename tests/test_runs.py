@@ -953,6 +953,16 @@ def test_what_a_model_calls_and_reads_is_part_of_its_architecture(make, change, 
     assert first == again != fingerprints.architecture(make(keras.Input((4,))))
 
 
+@pytest.mark.parametrize("change, same", [
+    (lambda z: z * 1.0005, True), (lambda z: z * 1.002, False), (lambda z: z + np.inf, False),
+    (lambda z: np.where(z > 0, -np.inf, z), False), (lambda z: z * np.nan, False)])
+def test_answers_are_alike_where_they_differ_by_rounding(change, same):
+    model, logits = tiny(), np.random.default_rng(0).normal(0, 20, (8, 10))
+    assert fingerprints.alike(model, logits, change(logits)) == same
+    logits[:, 3] = -np.inf  # a class that the teacher excludes
+    assert fingerprints.alike(model, logits, logits)
+
+
 def test_a_function_without_a_source_has_its_bytecode():
     def made(factor):
         space = {}
