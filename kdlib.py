@@ -1,6 +1,5 @@
 """Knowledge distillation with Keras 3: data, models, losses and Distiller, in one sitting."""
 
-import functools
 import hashlib
 import inspect
 import io
@@ -11,6 +10,7 @@ import pickle
 import tarfile
 import warnings
 from dataclasses import dataclass, field
+from functools import partialmethod, wraps
 from pathlib import Path
 
 import keras
@@ -259,6 +259,10 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     return temperature**2 * ops.mean(ops.sum(terms, axis=-1))
 
 
+def _agree(a, b) -> bool:
+    return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
+
+
 def _as_float(name: str, logits):
     """At least float32: half precision is too coarse for differences of logarithms."""
     try:
@@ -283,10 +287,6 @@ def _number(name: str, value) -> float:
 # --- what is refused ------------------------------------------------------------------
 def _inputs(model) -> list[tuple]:
     return [tuple(tensor.shape[1:]) for tensor in getattr(model, "inputs", None) or ()]
-
-
-def _agree(a, b) -> bool:
-    return len(a) == len(b) and all(None in (m, n) or m == n for m, n in zip(a, b, strict=True))
 
 
 def _are_probabilities(rows):
@@ -344,14 +344,15 @@ def _are_raw(model, images):
 
 
 def _guarded(method):
-    @functools.wraps(method)
+    @wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
         images, given = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
         if hasattr(images, "__array__"):  # others show themselves batch by batch
             check_images("student", self.student, ops.convert_to_numpy(images[:64]))
         batchwise = "callbacks" in call.signature.parameters
-        given = keras.tree.flatten(getattr(given, "callbacks", given) or [])  # of a CallbackList
+        listed = isinstance(given, keras.callbacks.CallbackList)  # by fit, for evaluate
+        given = keras.tree.flatten(given.callbacks if listed else given or [])
         if batchwise and not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
             look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
             call.arguments["callbacks"] = [look, *given]
@@ -416,15 +417,14 @@ class Distiller(keras.Model):
     temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
-    def _lend(self, method, *args, **more):  # a checkpoint goes on, and fits the student alone
+    def _lend(self, verb, *args, **more):  # a checkpoint goes on, and fits the student alone
         own, self.student.optimizer = getattr(self.student, "optimizer", None), self.optimizer
         try:
-            getattr(self.student, method)(*args, **more)
+            getattr(self.student, f"{verb}_weights")(*args, **more)
         finally:
             self.student.optimizer = own
 
-    save_weights = functools.partialmethod(_lend, "save_weights")
-    load_weights = functools.partialmethod(_lend, "load_weights")
+    save_weights, load_weights = partialmethod(_lend, "save"), partialmethod(_lend, "load")
 
     def compile(self, optimizer="rmsprop", loss=None, loss_weights=None, metrics=None,
                 weighted_metrics=None, **more):
@@ -450,8 +450,7 @@ class Distiller(keras.Model):
         return (x[0] if len(x) == 2 else x[:-1], x[-1]) if stored else (x, None)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # Keras calls this in each step. What is wrong stays out of the loss, so that no weight is
-        # lost (BatchNorm's averages see it), and makes a metric nan or -inf: the guard raises.
+        # What is wrong stays out of the loss, to spare the weights, and makes a metric nan or -inf.
         images, stored = self._split(x)
         logits = _as_float("logits", y_pred)
         given = self._ask_teacher(images) if stored is None else stored

@@ -23,6 +23,7 @@ from kdlib import require
 
 
 LIBRARIES = {"keras", "tensorflow", "numpy", *sys.stdlib_module_names, *sys.builtin_module_names}
+SHAPES = "input_shape", "batch_shape"
 
 
 def text(value) -> str:
@@ -63,9 +64,10 @@ def architecture(model) -> str:
     number = {node.name: k for k, node in enumerate(nodes)}
 
     def unnamed(value, named=False):
-        """Names become numbers where they name a layer, and nowhere else."""
+        """Names become numbers where they name a layer. The first batch had any size."""
         if isinstance(value, dict):  # a dtype policy has a name alone, and keeps it
-            return {k: unnamed(v, k == "name" and len(value) > 1) for k, v in value.items()}
+            return {k: [None, *v[1:]] if k.endswith(SHAPES) and isinstance(v, list) else
+                    unnamed(v, k == "name" and len(value) > 1) for k, v in value.items()}
         if isinstance(value, list):  # [name, node, tensor] is a wire
             wire = len(value) == 3 and isinstance(value[1], int)
             return [unnamed(part, wire and k == 0) for k, part in enumerate(value)]
@@ -75,34 +77,66 @@ def architecture(model) -> str:
 
 
 def _own_code(model) -> list:
-    """What no config tells: the code of layers, and of what a layer holds (an activation, a
-    Lambda's function, a regularizer), if it is not Keras's; with helpers and class attributes."""
-    layers = [model, *model._flatten_layers()]
-    held = [part for layer in layers for part in (layer, *vars(layer).values())]
-    kinds = {kind for part in held if _is_own(type(part)) for kind in type(part).__mro__
-             if _is_own(kind)}
+    """What the config does not tell, if a model holds code that is not Keras's: of its layers, and
+    of what a layer holds (an activation, a Lambda's function, a regularizer), the code with its
+    helpers, closures, defaults and class attributes; and the settings of layers inside."""
+    layers = [model, *model._flatten_layers(include_self=False)]
+    held = [part for layer in layers for name, whole in vars(layer).items()
+            for part in (whole if isinstance(whole, (list, tuple)) else [whole])
+            if name not in ("loss", "optimizer")]  # how it was compiled does not change a model
+    kinds = {kind for part in (*layers, *held) if _is_own(type(part))
+             and not isinstance(part, (keras.Loss, keras.Optimizer, keras.Metric))
+             for kind in type(part).__mro__ if _is_own(kind)}
     parts = [*held, *(part for kind in kinds for part in vars(kind).values())]
     parts = [inspect.unwrap(getattr(part, "fget", part)) for part in parts]
     parts = [getattr(part, "__func__", part) for part in parts]
     own = {part for part in filter(inspect.isfunction, parts)
            if _is_own(part) and part.__name__ != "<lambda>"}  # a config holds all of a lambda
-    own = sorted(own, key=lambda part: (part.__qualname__, part.__module__,
-                                        part.__code__.co_firstlineno))
+    own = with_helpers(*sorted(own, key=lambda part: (
+        part.__qualname__, part.__module__ or "", part.__code__.co_firstlineno)))
     attributes = sorted(text(_plain(vars(kind))) for kind in kinds)
-    return [code_digest(*with_helpers(*own)), attributes] if own else []
+    inside = [*map(_settings, layers[1:])]
+    return [code_digest(*own), [*map(_bound, own)], attributes, inside] if own else []
 
 
 def _is_own(part) -> bool:
-    return part.__module__.split(".")[0] not in LIBRARIES
+    return (part.__module__ or "").split(".")[0] not in LIBRARIES
+
+
+def _settings(layer):
+    """A layer's config without names; None for a model, whose layers come one by one."""
+    with contextlib.suppress(NotImplementedError):
+        return None if isinstance(layer, keras.Model) else _unnamed(layer.get_config())
+
+
+def _unnamed(config):
+    if isinstance(config, dict):
+        return {key: _unnamed(value) for key, value in config.items() if key != "name"}
+    return [*map(_unnamed, config)] if isinstance(config, (list, tuple)) else config
+
+
+def _bound(function) -> dict:
+    """The closure and the defaults of a function."""
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    found = {**(function.__kwdefaults__ or {}), **dict(enumerate(function.__defaults__ or ()))}
+    for name, cell in cells.items():
+        with contextlib.suppress(ValueError):  # still empty
+            found[name] = cell.cell_contents
+    return _plain({str(name): value for name, value in found.items()})
 
 
 def _plain(values: dict) -> dict:
-    """Those of the values that their text tells whole: numbers, words, and lists of them."""
-    def is_plain(value):
-        with contextlib.suppress(TypeError, ValueError):
-            return bool(json.dumps(value))
-
-    return {name: value for name, value in values.items() if name[:2] != "__" and is_plain(value)}
+    """Those of the values that tell what they are: numbers, words, arrays, lists and sets."""
+    found = {}
+    for name, value in values.items():
+        with contextlib.suppress(TypeError, ValueError):  # an object, or one inside
+            if isinstance(value, np.ndarray):
+                value = digest(value)
+            elif isinstance(value, (set, frozenset)):
+                value = sorted(map(json.dumps, value))
+            if name[:2] != "__":
+                found[name] = json.loads(json.dumps(value, sort_keys=True))
+    return found
 
 
 def code_digest(*functions) -> str:
@@ -194,8 +228,8 @@ def _is_told(value, module: str) -> bool:
 def _tree(function) -> str:
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-    except OSError:  # made by exec, or typed in
-        return text(_bytecode(function.__code__))
+    except (OSError, TypeError, SyntaxError):  # made by exec; or a lambda, cut out of its line
+        return text([_bytecode(method.__code__) for method in _methods(function)])
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
             node.body = node.body[1:]
@@ -203,7 +237,8 @@ def _tree(function) -> str:
 
 
 def _bytecode(block) -> list:
-    constants = [_bytecode(each) if inspect.iscode(each) else repr(each)
+    constants = [_bytecode(each) if inspect.iscode(each) else
+                 sorted(map(repr, each)) if isinstance(each, frozenset) else repr(each)
                  for each in block.co_consts]
     return [block.co_code.hex(), block.co_names, constants]
 

@@ -947,6 +947,13 @@ def test_a_list_of_callbacks_made_by_keras_is_guarded_too():
     assert seen
 
 
+def test_a_callback_that_holds_callbacks_is_called_itself():
+    both, seen = keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(1)), []
+    both.callbacks = [keras.callbacks.LambdaCallback(on_epoch_end=lambda *_: seen.append(2))]
+    distiller().fit(IMAGES, LABELS, callbacks=both, verbose=0)
+    assert seen == [1]
+
+
 def test_callbacks_by_position_as_keras_takes_them():
     seen = keras.callbacks.History()
     distiller().fit(IMAGES, LABELS, 8, 1, 0, [seen])

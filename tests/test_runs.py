@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import filelock
@@ -731,7 +732,7 @@ def test_labels_changed_in_place_are_other_data(data):
 
 @keras.saving.register_keras_serializable("tests")
 class Changing(keras.Model):
-    factor, hidden = 1.0, np.array(1.0)  # no text tells an array
+    factor, hidden = 1.0, SimpleNamespace(by=1.0)  # no text tells an object
 
     def __init__(self, **settings):
         super().__init__(**settings)
@@ -739,7 +740,7 @@ class Changing(keras.Model):
 
     def call(self, images):
         pixels = keras.ops.cast(images, "float32") / 255
-        return self.factor * self.hidden * self.dense(self.pool(pixels))
+        return self.factor * self.hidden.by * self.dense(self.pool(pixels))
 
 
 def changing():
@@ -749,7 +750,7 @@ def changing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("change", [{"factor": 3.0}, {"hidden": np.array(1.01)}])
+@pytest.mark.parametrize("change", [{"factor": 3.0}, {"hidden": SimpleNamespace(by=1.01)}])
 def test_a_model_whose_code_changed_is_not_found_again(data, monkeypatch, change):
     first = train(data, build=changing)
     assert_same_weights(first, train(data, build=changing))
@@ -765,7 +766,7 @@ def test_a_teacher_whose_code_changed_is_asked_again(data, monkeypatch):
     teacher.make_predict_function(force=True)
     again = runs.stored_answers(teacher, data, "val").copy()
     np.testing.assert_allclose(again, 1.001 * first, rtol=1e-5)
-    monkeypatch.setattr(Changing, "hidden", np.array(1.01))  # seen in the answers
+    monkeypatch.setattr(Changing.hidden, "by", 1.01)  # seen in the answers
     teacher.make_predict_function(force=True)
     with pytest.warns(UserWarning, match="are not this teacher's"):
         third = runs.stored_answers(teacher, data, "val")
@@ -970,6 +971,82 @@ def test_a_function_without_a_source_has_its_bytecode():
         return fingerprints.code_digest(space["f"])
 
     assert made(2) == made(2) != made(3)
+
+
+class Untold(keras.layers.Layer):
+    def __init__(self, settings):  # no config tells them
+        super().__init__()
+
+
+def noisy(kind, value):
+    """Layers alike but for a value that acts in training only, so that no answer tells it."""
+    class Noisy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.steps = [bend if value == 1 else bent]
+            self.dropout = keras.layers.Dropout(value / 10 if kind == "setting" else 0.1)
+            self.untold = Untold(Settings())
+
+        def closed(self, x, training=None):
+            return x + value if training else x
+
+        def default(self, x, training=None, k=value):
+            return x + k if training else x
+
+        def listed(self, x, training=None):
+            return self.steps[0](x) if training else x
+
+        def setting(self, x, training=None):
+            return self.dropout(x, training=training)
+
+    Noisy.call = {"closure": Noisy.closed, "default": Noisy.default, "list": Noisy.listed,
+                  "setting": Noisy.setting}[kind]
+    if kind != "closure":
+        Noisy.closed = None
+    if kind != "default":
+        Noisy.default = None
+    pixels = keras.Input((4,))
+    return keras.Model(pixels, Noisy()(pixels))
+
+
+@pytest.mark.parametrize("kind", ["closure", "default", "list", "setting"])
+def test_what_acts_in_training_only_is_part_of_an_architecture(kind):
+    one, again, two = (fingerprints.architecture(noisy(kind, value)) for value in (1, 1, 2))
+    assert one == again != two
+
+
+@pytest.mark.parametrize("value, other", [
+    (np.array([0.1]), np.array([0.9])), ({1, "a"}, {2, "a"}), ([1, "a"], [2, "a"])])
+def test_a_constant_may_be_an_array_or_a_set(value, other, monkeypatch):
+    digests = []
+    for each in (value, value.copy(), other):
+        monkeypatch.setitem(globals(), "SLOPE", each)
+        digests.append(fingerprints.code_digest(bend))
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_a_constant_that_no_text_tells_is_left_out(monkeypatch):
+    monkeypatch.setitem(globals(), "SLOPE", {1: "a", "b": 2})
+    assert fingerprints.code_digest(bend) == fingerprints.code_digest(bend)
+
+
+def test_the_size_of_the_first_batch_does_not_change_a_model():
+    digests = []
+    for size in (1, 8):
+        model = keras.Sequential([keras.layers.Flatten(), keras.layers.Dense(3)])
+        model(np.zeros((size, 4, 4)))
+        digests.append(fingerprints.architecture(model))
+    assert digests[0] == digests[1]
+
+
+def test_how_a_model_was_compiled_does_not_change_it():
+    def own_loss(y, z):
+        return keras.ops.mean((y - z) ** 2)
+
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2)])
+    first = fingerprints.model_digest(model)
+    model.compile(recipes.Muon(), loss=own_loss, metrics=[own_loss])
+    assert fingerprints.model_digest(model) == first
 
 
 @pytest.mark.parametrize("change", [("slope", 2.0), ("twice", property(lambda self: 3.0))])
