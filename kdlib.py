@@ -16,7 +16,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import sklearn.datasets
-from keras import layers, ops
+from keras import layers, ops, tree
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 
@@ -276,10 +276,10 @@ def _as_float(name: str, logits):
 
 
 def _number(name: str, value) -> float:
-    advice = {"temperature": "It divides the logits: positive and finite, typically 2 to 8.",
+    advice = {"temperature": "It divides the logits: from 0.001 to a million, typically 2 to 8.",
               "alpha": "It is the weight of the hard labels, from 0 to 1."}[name]
     real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    fits = real and (0 < value < math.inf if name == "temperature" else 0 <= value <= 1)
+    fits = real and (1e-3 <= value <= 1e6 if name == "temperature" else 0 <= value <= 1)
     require(fits, f"{name} is {value!r}. {advice}", ValueError if real else TypeError)
     return float(value)
 
@@ -300,7 +300,7 @@ def check_model(role: str, model) -> int | None:
     asked = (model.get_build_config() or {}).get("input_shape") or getattr(model, "input", None)
     if asked is None:
         return None  # its first batch will tell
-    black = keras.tree.map_shape_structure(
+    black = tree.map_shape_structure(
         lambda each: np.zeros([n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
     answers = model(black, training=False)
     shape = tuple(getattr(answers, "shape", ()))
@@ -314,58 +314,56 @@ def check_model(role: str, model) -> int | None:
     return shape[-1]
 
 
-def check_images(role: str, model, images):
-    """Return the images if their size and scale are those that the model was built for."""
-    expected, shape = _inputs(model), tuple(getattr(images, "shape", None) or ())
-    # None in a graph: the size changed between batches, or the pipeline does not know it.
-    fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
-    require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
-            "keras.ops.image.resize, or set_shape where the size is right.")
-    require(not isinstance(images, np.ndarray) or _are_raw(model, images), "images are at most 1, "
-            f"or negative. The {role} takes raw pixels from 0 to 255, and normalises them itself.")
-    return images
-
-
 def _scales(model):  # also of models inside
     for layer in getattr(model, "layers", ()):
         scale = isinstance(layer, (layers.Normalization, layers.Rescaling))
         yield from [layer] if scale else _scales(layer)
 
 
-def _are_raw(model, images):
-    """Whether images, also in a graph, have the scale that the model's first layer expects."""
-    first = next(_scales(model), None)
-    raw = (np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else first is not None
-           and np.max(ops.convert_to_numpy(first.mean)) > 1)  # a number, also in JAX's trace
-    x, *others = keras.tree.flatten(images)
-    if others or not raw or len(x.shape) != 4 or 0 in x.shape or "float" not in str(x.dtype):
-        return True
-    return (ops.min(x) >= 0) & (ops.max(x) > 1) | (ops.min(x) == ops.max(x))
+def check_images(role: str, model, images):
+    """The images, with 0 for what is not finite, and whether they are raw: finite, and of the scale
+    that the model's first layer expects. Raises ValueError for another size, or an unknown one."""
+    expected, shape = _inputs(model), tuple(getattr(images, "shape", None) or ())
+    fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
+    require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
+            "keras.ops.image.resize, or set_shape where the size is right.")
+    x, *others = tree.flatten(images)
+    if others or 0 in x.shape or "float" not in str(x.dtype):
+        return images, True
+    first, low, high = next(_scales(model), None), ops.min(x), ops.max(x)
+    large = len(x.shape) == 4 and (np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling)
+        else first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
+    fits = (low >= 0) & ((high > 1) | (low == high)) if large else True
+    raw = ops.all(ops.isfinite(x)) & fits  # min and max of a compiled graph may pass over nan
+    return tree.map_structure(lambda x: ops.nan_to_num(x, 0.0, 0.0, 0.0), images), raw
 
 
 def _guarded(method):
     @wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        images, given = self._split(call.arguments.get("x"))[0], call.arguments.get("callbacks")
-        if hasattr(images, "__array__"):  # others show themselves batch by batch
-            check_images("student", self.student, ops.convert_to_numpy(images[:64]))
-        batchwise = "callbacks" in call.signature.parameters
+        given, batchwise = call.arguments.get("callbacks"), "callbacks" in call.signature.parameters
         listed = isinstance(given, keras.callbacks.CallbackList)  # by fit, for evaluate
-        given = keras.tree.flatten(given.callbacks if listed else given or [])
+        given = tree.flatten(given.callbacks if listed else given or [])
         if batchwise and not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
-            look = keras.callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=_look)
+            look = keras.callbacks.LambdaCallback(
+                on_train_batch_end=_look, on_test_batch_end=_look, on_predict_batch_end=_look)
             call.arguments["callbacks"] = [look, *given]
-        found = method(*call.args, **call.kwargs)
-        if not batchwise and "y" in call.signature.parameters:  # train_on_batch, test_on_batch
-            _look(0, {loss.name: float(loss.result()) for loss in self._losses_seen})
+        try:
+            found = method(*call.args, **call.kwargs)
+        finally:  # JAX takes the weights away while it computes, and would not bring them back
+            getattr(self, "jax_state_sync", bool)()
+        if not batchwise:  # train_on_batch, test_on_batch, predict_on_batch
+            _look(0, {loss.name: float(loss.result()) for loss in self._losses_seen}
+                  if "y" in call.signature.parameters else {"outputs": found})
         return found
     return guarded
 
 
 def _look(batch, logs):
     hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
-    require(hard != -math.inf, f"images in batch {batch} are not raw pixels from 0 to 255.")
+    raw = np.isfinite(ops.convert_to_numpy(logs.get("outputs", 0))).any(-1).all()
+    require(hard != -math.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255.")
     require(math.isfinite(hard) or math.isfinite(soft), f"loss in batch {batch} is not finite: the "
             "training has diverged. Lower the learning rate.", FloatingPointError)
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
@@ -384,7 +382,7 @@ class Distiller(keras.Model):
     ``training=False``, without gradient. What is counted, saved and exported is the student.
 
     student, teacher: built Keras models, same inputs, logits (batch, classes) out (teacher=None:
-    stored answers only); temperature > 0; alpha in [0, 1]; soft_loss(teacher_logits=,
+    stored answers only); temperature 1e-3 to 1e6; alpha in [0, 1]; soft_loss(teacher_logits=,
     student_logits=, temperature=). Raises TypeError, ValueError."""
 
     def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1,
@@ -408,8 +406,8 @@ class Distiller(keras.Model):
 
         def ask(x):  # in a closure Keras does not find the teacher: it is not trained or saved
             require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
-            logits = teacher(check_images("teacher", teacher, x), training=False)
-            return ops.stop_gradient(ops.where(_are_raw(teacher, x), logits, math.nan))
+            images, raw = check_images("teacher", teacher, x)
+            return ops.stop_gradient(ops.where(raw, teacher(images, training=False), math.nan))
 
         self._ask_teacher = ask
 
@@ -439,29 +437,29 @@ class Distiller(keras.Model):
             "fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"))
 
     def call(self, inputs, training=None):
-        images, _ = self._split(inputs)
-        logits = self.student(check_images("student", self.student, images), training=training)
-        return logits if training else ops.where(_are_raw(self.student, images), logits, math.nan)
+        images, raw = check_images("student", self.student, self._split(inputs)[0])
+        logits = self.student(images, training=training)
+        return logits if training else ops.where(raw, logits, math.nan)
 
     def _split(self, x):
         """The student's inputs and the teacher's stored logits, or None to ask it live."""
         stored = isinstance(x, (tuple, list)) and (
-            len(keras.tree.flatten(x)) == 1 + (len(_inputs(self.student)) or 1))
+            len(tree.flatten(x)) == 1 + (len(_inputs(self.student)) or 1))
         return (x[0] if len(x) == 2 else x[:-1], x[-1]) if stored else (x, None)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
-        # What is wrong stays out of the loss, to spare the weights, and makes a metric nan or -inf.
+        # What is wrong makes a metric nan or -inf, the loss 0. Momentum and BatchNorm still see it.
         images, stored = self._split(x)
         logits = _as_float("logits", y_pred)
         given = self._ask_teacher(images) if stored is None else stored
         answers = ops.cast(_as_float("teacher_logits", given), logits.dtype)
-        many = ops.shape(answers)[0] > 7  # a few logits may look like probabilities by chance
-        sound = ops.all(answers < math.inf) & ~(many & _are_probabilities(answers))  # nor is nan
+        sound = ops.all(answers < math.inf) & ops.all(ops.max(answers, axis=-1) > -math.inf) & (
+            ~_are_probabilities(answers) | (ops.shape(answers)[0] < 8))  # a few look so by chance
         soft = self._soft_loss(teacher_logits=ops.where(sound, answers, 0.0),
                                student_logits=logits, temperature=self.temperature)
         y, weight, _, valid = self._labels(y, y_pred, sample_weight)
         hard = ops.mean(weight * keras.losses.sparse_categorical_crossentropy(y, logits, True))
-        raw = _are_raw(self.student, images)
+        _, raw = check_images("student", self.student, images)
         for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
             loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller

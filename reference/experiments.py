@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import accelerated, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import accelerated, digests, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -109,7 +109,7 @@ def _fits(notes: dict, each: Experiment, seed: int) -> bool:
     """Whether they are of these settings, this code and this teacher."""
     wanted = {**vars(each.full_recipe()), "code": runs.CODE, "trainer": _trainer(each)}
     found = {key: notes["spec"].get(key) for key in wanted}
-    if fingerprints.text(found) != fingerprints.text(wanted):
+    if digests.text(found) != digests.text(wanted):
         return False
     return not each.distilled or _digest_of_teacher(each, seed) == notes["judge"]
 
@@ -129,8 +129,8 @@ def _control(each: Experiment) -> str:
             few_labels if each.labels < 100 else None, wrong_labels if each.wrong else None]
     settings = [each.control, each.signal, each.labels, each.hide, each.wrong,
                 getattr(control, "keywords", None)]
-    return fingerprints.digest(settings, fingerprints.code_digest(
-        *fingerprints.with_helpers(*filter(None, used))))
+    return digests.digest(settings, digests.code_digest(
+        *digests.with_helpers(*filter(None, used))))
 
 
 def _check_published(each: Experiment, seed: int, model) -> None:

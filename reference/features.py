@@ -238,9 +238,12 @@ class FeatureDistiller(kdlib.Distiller):
         self._classes, self.weight = watched.outputs[0].shape[-1], float(weight)
         self._watch_student = lambda images: keras.tree.flatten(watched(images, training=True))
         asked = watch("teacher", teacher, teacher_layers) if teacher_layers else None
-        self._watch_teacher = asked and (lambda images: [
-            kdlib._are_raw(teacher, images), *map(ops.stop_gradient, asked(
-                kdlib.check_images("teacher", teacher, images), training=False))])
+
+        def watch_teacher(images):
+            images, raw = kdlib.check_images("teacher", teacher, images)
+            return [raw, *map(ops.stop_gradient, asked(images, training=False))]
+
+        self._watch_teacher = asked and watch_teacher
         given = isinstance(feature_loss, FeatureLoss)
         self.feature_loss = feature_loss if given else FeatureLoss(feature_loss)
         shapes = {role: [tuple(x.shape) for x in model.outputs[bool(layers_):]] if model else
@@ -257,8 +260,8 @@ class FeatureDistiller(kdlib.Distiller):
     def call(self, inputs, training=None):
         if training is not True:
             return super().call(inputs, training=training)
-        images, _ = self._split(inputs)
-        return self._watch_student(kdlib.check_images("student", self.student, images))
+        images, _ = kdlib.check_images("student", self.student, self._split(inputs)[0])
+        return self._watch_student(images)
 
     def _stored(self, given):
         """Stored logits and image numbers, or None: (batch, classes), with numbers, numbers."""
@@ -395,10 +398,10 @@ class Trainer:
 
     def identity(self) -> tuple[dict, list]:
         """What the trained weights depend on: settings, and the functions that act on them."""
-        from reference import fingerprints  # needs TensorFlow, which a lifted file may not have
+        from reference import digests  # which a lifted file may not have
         parts = METHODS[self.method].parts
         settings = [part if isinstance(part, str) else str(getattr(part, "keywords", ""))
                     for part in parts]
         code = [getattr(part, "func", part) for part in parts if callable(part)]
         return {**asdict(self), "settings": settings}, [
-            FeatureDistiller, watch, FeatureLoss, *fingerprints.with_helpers(*code)]
+            FeatureDistiller, watch, FeatureLoss, *digests.with_helpers(*code)]

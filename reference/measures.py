@@ -32,12 +32,19 @@ def batch_size(images) -> int:
     return max(1, min(500, 500 * 32 * 32 // int(np.prod(images.shape[1:3]))))
 
 
+def check_pixels(role: str, model, images: np.ndarray) -> None:
+    """Refuse an array of images of another size or scale than the model takes: ValueError."""
+    _, raw = kdlib.check_images(role, model, images)
+    require(raw, "images are not finite, at most 1, or negative. "
+            f"The {role} takes raw pixels from 0 to 255, and normalises them itself.")
+
+
 def predict_logits(model, images: np.ndarray, *, role: str = "model", codes=None) -> np.ndarray:
     """Logits of many images, perhaps seen through codes: float32 (N, classes)."""
-    kdlib.check_images(role, model, images)
     size, parts = batch_size(images), []
     for k in range(0, len(images), 20 * size):  # no more than these are copied
         some = images[k : k + 20 * size]
+        check_pixels(role, model, some)
         some = some if codes is None else kdlib.augment(some, codes[k : k + 20 * size])
         few = len(some) <= 8  # not worth compiling a graph for them
         parts.append(np.asarray(model(some, training=False)) if few else

@@ -11,7 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from reference import fingerprints, store
+from reference import digests, fingerprints, store
 
 
 class Keeper(keras.callbacks.Callback):
@@ -25,7 +25,7 @@ class Keeper(keras.callbacks.Callback):
     def __init__(self, folder: Path, spec: dict):
         super().__init__()
         self.folder, self.epoch, self.history = folder, 0, {}
-        self.meta = {"spec": json.loads(fingerprints.text(spec)),
+        self.meta = {"spec": json.loads(digests.text(spec)),
                      "libraries": fingerprints.libraries()}
         self.machines = [fingerprints.machine()]
 
@@ -76,7 +76,7 @@ class Keeper(keras.callbacks.Callback):
         self._save()
 
     def _save(self) -> None:
-        meta = fingerprints.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
+        meta = digests.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
                      "history": self.history})
         values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
         store.write_whole(self.folder / f"state-{self.epoch % 2}.npz",

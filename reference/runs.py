@@ -21,7 +21,7 @@ from kdlib import require
 from tqdm.auto import tqdm
 from tqdm.keras import TqdmCallback
 
-from reference import fingerprints, measures, recipes, resume, store
+from reference import digests, fingerprints, measures, recipes, resume, store
 from reference.measures import RESULT_COLUMNS, batch_size, predict_logits
 from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noqa: F401
 
@@ -30,8 +30,8 @@ REFERENCE = ROOT / "reference"
 
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
-VIEW_CODE = fingerprints.code_digest(kdlib.view_codes, kdlib.augment)
-CODE = fingerprints.digest(VIEW_CODE, fingerprints.code_digest(*fingerprints.with_helpers(
+VIEW_CODE = digests.code_digest(kdlib.view_codes, kdlib.augment)
+CODE = digests.digest(VIEW_CODE, digests.code_digest(*digests.with_helpers(
     kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
     kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
     measures.figures, predict_logits, Batches, make_optimizer, recipes.Muon,
@@ -120,7 +120,7 @@ class Task:
             "code": CODE, "dataset": dataset.name, "data": fingerprints.data_digest(dataset),
             "method": method, "seed": self.seed, **asdict(self.recipe),
             "architecture": fingerprints.architecture(self.model),
-            "begins_with": fingerprints.digest(*self.model.get_weights()) if self.own else None,
+            "begins_with": digests.digest(*self.model.get_weights()) if self.own else None,
             "temperature": kdlib._number("temperature", temperature) if self.distilled else None,
             "alpha": kdlib._number("alpha", alpha) if self.distilled else None,
             "teacher": fingerprints.model_digest(self.teacher) if by_teacher else None,
@@ -128,7 +128,7 @@ class Task:
         }
         if trainer is not None:
             self.spec["trainer"] = fingerprints.identity_of(trainer)
-        self.folder = runs_folder() / f"{stem(self.spec)}-{fingerprints.digest(self.spec)[:10]}"
+        self.folder = runs_folder() / f"{stem(self.spec)}-{digests.digest(self.spec)[:10]}"
 
     def _check(self, method) -> None:
         require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", method), f"method is {method!r}. Use "
@@ -253,7 +253,7 @@ def save(folder: Path, model, logits, notes: dict, *, first_answers) -> Run:
     store.write_whole(folder / "model.keras", model.save)
     store.write_notes(folder / "model.json", notes | {
         "model": fingerprints.model_digest(model), "first_answers": first_answers.tolist(),
-        "weights": fingerprints.digest(*model.get_weights())})
+        "weights": digests.digest(*model.get_weights())})
     return Run(model, notes["history"], notes["row"], half, folder)
 
 
@@ -287,8 +287,8 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
     """The finished run in these files, if it is the one that the task describes."""
     try:
         found = store.read_notes(notes)
-        spec = fingerprints.text({**found["spec"], "code": CODE})
-        if spec != fingerprints.text(task.spec) or not fingerprints.alike(
+        spec = digests.text({**found["spec"], "code": CODE})
+        if spec != digests.text(task.spec) or not fingerprints.alike(
                 task.model, task.first_answers, found["first_answers"]):
             return None
         if found["spec"]["code"] != CODE:
@@ -297,7 +297,7 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
                           stacklevel=5)
             return None
         model = keras.saving.load_model(weights, compile=False)
-        require(fingerprints.digest(*model.get_weights()) == found["weights"],
+        require(digests.digest(*model.get_weights()) == found["weights"],
                 "its weights are not those of its notes")
     except store.UNREADABLE as error:
         warnings.warn(f"{notes.stem} in {notes.parent.name} is damaged ({error}): it is not used.",
@@ -351,7 +351,7 @@ def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.n
         return predict_logits(teacher, images[which], role="teacher",
                               codes=None if codes is None else codes[which])
 
-    key = fingerprints.digest(VIEW_CODE, images, fingerprints.model_digest(teacher))
+    key = digests.digest(VIEW_CODE, images, fingerprints.model_digest(teacher))
     path = runs_folder() / f"answers-{key[:16]}" / f"{name}.npy"
     if path.exists() and (kept := store.read_array(path)) is not None:
         some = np.linspace(0, len(images) - 1, 8).astype(int)

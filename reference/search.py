@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import cluster, fingerprints, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import cluster, digests, fingerprints, plan, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import keras
 import numpy as np
 import pandas as pd
@@ -49,7 +49,7 @@ class Search:
     @property
     def name(self) -> str:
         notes = store.read_notes(runs.REFERENCE / "rows" / f"{self.dataset}-teacher-seed0.json")
-        known_by = fingerprints.digest(vars(self.recipe), self.temperatures, self.alphas,
+        known_by = digests.digest(vars(self.recipe), self.temperatures, self.alphas,
                                        self.random_trials, runs.CODE, notes["model"])
         return f"search-{self.dataset}-{self.recipe.epochs}-epochs-{known_by[:8]}"
 

@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a file: the project's folder is not on the 
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from reference import _greetings_held_back as quiet  # isort: skip  (first: quiet)
-from reference import fingerprints, runs, store
+from reference import fingerprints, measures, runs, store
 import kdlib
 import keras
 import numpy as np
@@ -69,7 +69,7 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
     if kind == "int8":
         require(calibration is not None and len(calibration), "calibration is missing. kind 'int8' "
                 "needs training images, for the ranges of the activations.")
-        kdlib.check_images("model", model, calibration)
+        measures.check_pixels("model", model, calibration)
         low, high = np.min(calibration), np.max(calibration)
         if (low, high) != (0, 255):  # the converter takes this range for that of all pixels
             warnings.warn(f"calibration has pixels from {low} to {high} only. The file would read "

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 import numpy as np
 
-from reference.fingerprints import digest, text
+from reference.digests import digest, text
 
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
 

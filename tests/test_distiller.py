@@ -5,6 +5,7 @@ import ast
 import doctest
 import inspect
 import io
+import math
 import os
 import shutil
 import subprocess
@@ -804,6 +805,8 @@ def test_images_of_another_size_at_other_doors(door):
 @pytest.mark.parametrize("door", [
     lambda made, x: made.predict(x, verbose=0),
     lambda made, x: made.predict(tf.constant(x), verbose=0),
+    lambda made, x: made.predict(tf.data.Dataset.from_tensor_slices(x).batch(16), verbose=0),
+    lambda made, x: made.predict_on_batch(x),
     lambda made, x: made.evaluate(tf.constant(x), LABELS, verbose=0),
     lambda made, x: made.evaluate(batches_of(x), verbose=0),
     lambda made, x: made.fit([x], LABELS, verbose=0),
@@ -817,11 +820,58 @@ def test_images_of_another_scale_at_other_doors(published, door, scale):
 
 
 def test_predictions_for_images_of_another_scale_are_no_numbers(published):
-    """Keras has nothing to say in predict's batches, so the answers themselves say it."""
-    x = (IMAGES / 255).astype("float32")
-    data = tf.data.Dataset.from_tensor_slices(x).batch(16)
-    assert np.isnan(published.predict(data, verbose=0)).all()
+    """A call within a graph can't raise, so the answers themselves say it."""
+    assert np.isnan(published((IMAGES / 255).astype("float32"))).all()
     assert np.isfinite(published.predict(batches_of(IMAGES).map(lambda x, y: x), verbose=0)).all()
+
+
+@pytest.mark.parametrize("scaled, pixel, compiled", [
+    (True, math.nan, False), (True, math.inf, False), (True, -math.inf, False),
+    (False, math.nan, False), (True, math.nan, True)])  # XLA's min and max pass over nan
+def test_a_pixel_that_is_no_number_costs_no_weights(scaled, pixel, compiled):
+    """Neither kernels nor BatchNorm's averages: one nan among the pixels would reach them all."""
+    inputs = keras.Input((32, 32, 3))
+    scaling = layers.Normalization(mean=127.0, variance=4096.0) if scaled else layers.Identity()
+    hidden = layers.BatchNormalization()(layers.Conv2D(2, 8, strides=8)(scaling(inputs)))
+    logits = layers.Dense(10)(layers.GlobalAveragePooling2D()(hidden))
+    made = distiller(student=keras.Model(inputs, logits), teacher=tiny(40))
+    made.compile(keras.optimizers.SGD(0.1), jit_compile=compiled)
+    images = IMAGES.astype("float32")
+    images[20, 5, 5, 1] = pixel
+    before = [w.numpy() for w in made.trainable_variables]
+    for door in (lambda: made.fit(images, LABELS, verbose=0),
+                 lambda: made.evaluate(batches_of(images), verbose=0),
+                 lambda: made.predict(images, verbose=0)):
+        with pytest.raises(ValueError, match="images in batch .* are not raw pixels"):
+            door()
+    for old, new in zip(before, made.trainable_variables, strict=True):
+        np.testing.assert_array_equal(old, new.numpy())
+    assert all(np.isfinite(w).all() for w in made.get_weights())
+    made.fit(IMAGES, LABELS, verbose=0)
+
+
+def contrasts(width):
+    """It divides each image by its spread, so that an image of zeros would be no number."""
+    inputs = keras.Input((32, 32, 3))
+    spread = keras.ops.std(inputs, axis=(1, 2, 3), keepdims=True)
+    hidden = layers.BatchNormalization()(layers.Conv2D(width, 3, strides=4)(inputs / spread))
+    return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(hidden)))
+
+
+def of_vectors(width):
+    inputs = keras.Input((6,))
+    hidden = layers.Dense(width)(layers.BatchNormalization()(inputs))
+    return keras.Model(inputs, layers.Dense(10)(hidden))
+
+
+@pytest.mark.parametrize("net, shape", [(contrasts, (32, 32, 32, 3)), (of_vectors, (32, 6))])
+def test_an_input_that_is_no_number_costs_no_weights(net, shape):
+    made = distiller(student=net(2), teacher=net(4))
+    x = np.random.default_rng(0).uniform(0, 255, shape).astype("float32")
+    x[20].flat[3] = math.nan
+    with pytest.raises(ValueError, match="images in batch .* are not raw pixels"):
+        made.fit(x, LABELS, verbose=0)
+    assert all(np.isfinite(w).all() for w in made.get_weights())
 
 
 @pytest.mark.parametrize("wrap", [
@@ -920,11 +970,16 @@ def test_a_softmax_in_a_subclassed_model(role):
         distiller(**{role: model}).fit(IMAGES, LABELS, verbose=0)
 
 
-def test_answers_that_are_no_numbers_teach_nothing():
-    made = distiller(alpha=0)
+@pytest.mark.parametrize("row", [
+    np.full(10, math.nan), np.full(10, -math.inf), np.full(10, math.inf),
+    np.array([math.nan] + 9 * [0.0]), np.array([math.inf] + 9 * [0.0])],
+    ids=["nan", "no class", "infinity", "one nan", "one infinity"])
+def test_answers_that_are_no_numbers_teach_nothing(row):
+    made, answers = distiller(alpha=0), np.random.default_rng(0).normal(size=(32, 10))
+    answers[20] = row
     before = [w.numpy() for w in made.trainable_variables]
     with pytest.raises(ValueError, match="teacher_logits"):
-        made.fit((IMAGES, np.full((32, 10), np.nan, "float32")), batch_size=32, verbose=0)
+        made.fit((IMAGES, answers.astype("float32")), LABELS, batch_size=32, verbose=0)
     for old, new in zip(before, made.trainable_variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())
 
@@ -1081,6 +1136,31 @@ for step in (lambda y: trained(x, y, teacher), lambda y: made.train_on_batch(x, 
     else:
         raise AssertionError("labels that no class has")
 made.train_on_batch(x, y)
+
+# A refusal brings the weights back, and no nan has reached them.
+def of_images(width):
+    keras.utils.set_random_seed(0)
+    pixels = keras.Input((8, 8, 3))
+    hidden = layers.BatchNormalization()(layers.Flatten()(layers.Rescaling(1 / 255)(pixels)))
+    return keras.Model(pixels, layers.Dense(3)(layers.Dense(width)(hidden)))
+images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype("float32")
+made = kdlib.Distiller(student=of_images(2), teacher=of_images(4), temperature=4)
+made.compile("adam")
+made.fit(images, y, verbose=0)
+answers, wrong = made.predict(images, verbose=0), images.copy()
+wrong[35, 0, 0, 0] = np.nan
+answers[35] = -np.inf
+for door in (lambda: made.fit(wrong, y, verbose=0), lambda: made.evaluate(wrong, y, verbose=0),
+             lambda: made.predict(wrong, verbose=0), lambda: made.train_on_batch(wrong, y),
+             lambda: made.fit((images, answers), y, verbose=0)):
+    try:
+        door()
+    except ValueError as error:
+        assert "images in batch" in str(error) or "teacher_logits in batch" in str(error)
+    else:
+        raise AssertionError("no refusal")
+    assert all(np.isfinite(w).all() for w in made.get_weights())
+made.fit(images, y, verbose=0)
 print("fine on", keras.backend.backend())
 """
 

@@ -1,6 +1,6 @@
 """experiments and plan: how rows are made and published, and what is published now."""
 
-from reference import controls, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, digests, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
 from reference import networks, plan, restamp, runs, store  # isort: skip
 import functools
 import re
@@ -138,9 +138,9 @@ def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
         assert not experiments.notes_of(replace(each, **change), seed), change
     each, seed = experiments.run_of("digits-distilled-7-epochs-top2-seed0")
     assert not experiments.notes_of(replace(each, control="top3"), seed)
-    assert kdlib._vgg in fingerprints.with_helpers(kdlib.build_student)
-    assert controls._softened in fingerprints.with_helpers(controls.evened)
-    assert networks._unit in fingerprints.with_helpers(networks.residual_student)
+    assert kdlib._vgg in digests.with_helpers(kdlib.build_student)
+    assert controls._softened in digests.with_helpers(controls.evened)
+    assert networks._unit in digests.with_helpers(networks.residual_student)
     each, seed = experiments.run_of("digits-distilled-3-epochs-at-kd-seed0")
     assert experiments.notes_of(each, seed)
     for change in ({"factor": 2.0}, {"loss": "nst"}, {"place": "misplaced"}, {"loss": None}):
@@ -308,7 +308,7 @@ def test_published_weights_are_those_of_their_notes_and_answers(name):
             continue
         notes = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")
         model = keras.saving.load_model(runs.REFERENCE / "weights" / f"{stem}.keras")
-        assert fingerprints.digest(*model.get_weights()) == notes["weights"], stem
+        assert digests.digest(*model.get_weights()) == notes["weights"], stem
         if dataset is not None:
             kept = kept_logits(name, notes["row"], stem)
             np.testing.assert_allclose(kept["val"][:8], model(dataset.x_val[:8]), rtol=2e-3,

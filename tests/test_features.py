@@ -1,6 +1,6 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
-from reference import features, fingerprints, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import digests, features, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import shutil
 from dataclasses import replace
 
@@ -349,10 +349,10 @@ def test_weight_layers_and_code_are_part_of_what_a_run_is(monkeypatch):
         return runs.Task("distilled-x", DIGITS, teacher=net(6), build=student,
                          trainer=features.Trainer(method, weight, names, names)).spec
 
-    base = fingerprints.digest(spec())
-    assert base == fingerprints.digest(spec())
+    base = digests.digest(spec())
+    assert base == digests.digest(spec())
     others = [spec(weight=2.0), spec(names=("one",)), spec(method="nst")]
-    assert len({base, *map(fingerprints.digest, others)}) == 4
+    assert len({base, *map(digests.digest, others)}) == 4
     plain = runs.Task("distilled-x", DIGITS, teacher=net(6), build=student).spec
     assert "trainer" not in plain  # published runs without one keep their identity
 

@@ -159,6 +159,7 @@ def test_loss_agrees_with_keras_kl_divergence():
 
 BAD_TEMPERATURES = [
     (0, ValueError), (-1, ValueError), (float("nan"), ValueError), (float("inf"), ValueError),
+    (1e-30, ValueError), (1e30, ValueError),  # the loss, or T^2, would leave float32
     ("4", TypeError), (None, TypeError), (True, TypeError),
 ]
 

@@ -1,6 +1,6 @@
 """Large data stay on the disk: what is held in memory does not grow with them."""
 
-from reference import fingerprints, measures, runs, store  # isort: skip  (keeps TensorFlow quiet)
+from reference import digests, measures, runs, store  # isort: skip  (keeps TensorFlow quiet)
 import hashlib
 import os
 import subprocess
@@ -85,7 +85,7 @@ def test_stored_answers_are_mapped(tmp_path):
 def test_a_digest_is_of_dtype_shape_and_bytes(array):
     array = np.asarray(array)
     want = hashlib.sha256(f"{array.dtype}{array.shape}".encode() + array.tobytes()).hexdigest()
-    assert fingerprints.digest(array) == want
+    assert digests.digest(array) == want
 
 
 def test_answers_in_pieces_are_those_in_one(monkeypatch):

@@ -1,6 +1,6 @@
 """runs, recipes, resume, store: what is found again, what survives, what is measured."""
 
-from reference import controls, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, digests, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
 from reference import plan, recipes, resume, runs, store  # isort: skip
 import ast
 import contextlib
@@ -9,6 +9,7 @@ import importlib.util
 import json
 import os
 import shutil
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
@@ -381,6 +382,21 @@ def test_answers_may_be_a_function_known_by_its_code(data, folder):
     assert len({spec["answers"] for spec in specs}) == 4
     other = runs.Task("mine", data, teacher=tiny(6), answers=turned, build=tiny).spec
     assert other["answers"] == specs[0]["answers"] and other["teacher"] != specs[0]["teacher"]
+
+
+def test_answers_are_told_by_what_they_are():
+    """Not by how they are given."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 2000, 10))
+    other[:3], other[-3:] = one[:3], one[-3:]  # as a print shows it
+    assert fingerprints.answers_digest([tf.constant(one)]) == fingerprints.answers_digest(
+        [one]) != fingerprints.answers_digest([tf.constant(other)])
+    bound = functools.partial(mixed, a=1, b=2), functools.partial(mixed, b=2, a=1)
+    assert len({*map(fingerprints.answers_digest, bound)}) == 1
+
+
+def mixed(logits, labels, temperature, a, b):
+    return a * logits + b
 
 
 def closing_over(factor):
@@ -854,22 +870,60 @@ def test_a_published_run_of_other_code_is_trained_anew_with_a_word(data, folder,
 def test_a_tree_is_the_same_on_each_version_of_python():
     """Newer ones have fields more, which are empty in code that older ones can read."""
     tree = ast.parse("def f(x, y=None): return [x, 'None', None]")
-    before = fingerprints._bare(tree)
-    assert fingerprints._bare(ast.parse("def f(x, y=None): return [x, 'None', 0]")) != before
+    before = digests._bare(tree)
+    assert digests._bare(ast.parse("def f(x, y=None): return [x, 'None', 0]")) != before
     tree.body[0].type_params, tree.body[0].new = [], None
     tree.body[0]._fields += ("type_params", "new")
-    assert fingerprints._bare(tree) == before
+    assert digests._bare(tree) == before
+
+
+def imported(path, text):
+    path.write_text(text)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_code_is_read_before_its_file_is_edited(tmp_path):
-    path = tmp_path / "edited.py"
-    path.write_text("def f(x):\n    return x\n")
-    spec = importlib.util.spec_from_file_location("edited", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    first = fingerprints.code_digest(module.f)
-    path.write_text("def g(x):\n    return 2 * x\n\n\ndef f(x):\n    return 3 * x\n")
-    assert fingerprints.code_digest(module.f) == first
+    path, text = tmp_path / "edited.py", "def f(x):\n    return x\n"
+    module, asked_late = imported(path, text), imported(path, text)
+    first = digests.code_digest(module.f)
+    edited = "def g(x):\n    return 2 * x\n\n\ndef f(x):\n    return 3 * x\n"
+    path.write_text(edited)
+    assert digests.code_digest(module.f) == first
+    with pytest.warns(UserWarning, match="edited.py was edited after its import, so f is still"):
+        late = digests.code_digest(asked_late.f)
+    assert late != digests.code_digest(imported(path, edited).f)
+    path.write_text(f"# A comment moves its lines.\n{text}")
+    assert digests.code_digest(imported(path, path.read_text()).f) == first
+
+
+def test_a_file_that_became_no_code_is_edited_too(tmp_path):
+    module = imported(tmp_path / "edited.py", "def f(x):\n    return x\n")
+    (tmp_path / "edited.py").write_text("def f(x):\n    return x\n\n\ndef g(:\n")
+    with pytest.warns(UserWarning, match="edited.py was edited after its import"):
+        assert digests.code_digest(module.f)
+
+
+def test_lines_that_moved_are_not_taken_for_a_functions_source(tmp_path):
+    text = "def g(x):\n    return x\n\n\ndef f(x):\n    return 2 * x\n"
+    module = imported(tmp_path / "edited.py", text)
+    (tmp_path / "edited.py").write_text(f"# one\n# two\n# three\n{text}")
+    with pytest.warns(UserWarning, match="edited.py was edited after its import"):
+        late = digests.code_digest(module.f)
+    moved = imported(tmp_path / "edited.py", (tmp_path / "edited.py").read_text())
+    assert late not in {digests.code_digest(moved.f), digests.code_digest(moved.g)}
+
+
+def test_code_that_was_replaced_in_place_is_another():
+    """As IPython's autoreload does."""
+    def f(x):
+        return x
+
+    first = digests.code_digest(f)
+    f.__code__ = (lambda x: 3 * x).__code__
+    assert digests.code_digest(f) != first
 
 
 def test_the_code_of_own_layers_is_part_of_an_architecture():
@@ -968,9 +1022,32 @@ def test_a_function_without_a_source_has_its_bytecode():
     def made(factor):
         space = {}
         exec(f"def f(x):\n    return sum(k * x for k in ({factor},))", space)
-        return fingerprints.code_digest(space["f"])
+        return digests.code_digest(space["f"])
 
     assert made(2) == made(2) != made(3)
+
+
+@pytest.mark.parametrize("taken", ["from far import double", "import far"])
+@pytest.mark.parametrize("inside", [False, True], ids=["above", "inside"])
+@pytest.mark.parametrize("change", [("(2)", "(3)"), ("* x", "+ x"), ("range(1)", "range(2)")])
+def test_helpers_in_another_module_of_ones_own_count(taken, inside, change, tmp_path, monkeypatch):
+    """Of a model, and of a function that makes answers; libraries do not."""
+    call, found = "double(x)" if "from" in taken else "far.double(x)", []
+    far = ("import functools\nimport numpy as np\n\nTWO = np.float32(2)\n\n\n@functools.cache\n"
+           "def some():\n    return [0 for _ in range(1)]\n\n\n"
+           "def double(x):\n    return TWO * x + some()\n")
+    above, within = ("", f"    {taken}\n") if inside else (f"{taken}\n", "")
+    near = f"import numpy as np\n{above}\n\ndef made(x, y, t):\n{within}    return np.abs({call})\n"
+    for k, text in enumerate((far, far, far.replace(*change))):
+        (tmp_path / f"{k}").mkdir()
+        monkeypatch.setitem(sys.modules, "far", imported(tmp_path / f"{k}" / "far.py", text))
+        made = imported(tmp_path / f"{k}" / "near.py", near).made
+        assert np.abs not in digests.with_helpers(made)
+        pixels = keras.Input((4,))
+        model = keras.Model(pixels, keras.layers.Dense(2, activation=made)(pixels))
+        found.append((fingerprints.architecture(model), fingerprints.answers_digest(made)))
+    (one, two), again, others = found
+    assert (one, two) == again and one != others[0] and two != others[1]
 
 
 class Untold(keras.layers.Layer):
@@ -978,56 +1055,193 @@ class Untold(keras.layers.Layer):
         super().__init__()
 
 
-def noisy(kind, value):
-    """Layers alike but for a value that acts in training only, so that no answer tells it."""
+class Holds(keras.layers.Layer):
+    """It uses what it holds in training only: neither answers nor its config tell it."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def get_config(self):
+        return {}
+
+    def call(self, x, training=None):
+        return ops_on(x, self.held) if training else x
+
+
+def ops_on(x, held):
+    return held(x) if callable(held) else held["a"](x) if isinstance(held, dict) else held * x
+
+
+class Scale:
+    def __init__(self, by):
+        self.by = by
+
+    def __call__(self, x):
+        return self.by * x
+
+
+def scaled(by):
+    def scale(x):
+        return by * x
+    return scale
+
+
+def decorated(by):
+    @functools.wraps(bend)
+    def scale(x):
+        return by * bend(x)
+    return scale
+
+
+def either(value):
+    return bend if value == 1 else bent
+
+
+HELD = {
+    "closure": scaled, "decorator": decorated, "object": Scale, "number": float,
+    "dict": lambda value: {"a": either(value)},
+    "cache": lambda value: functools.cache(either(value)),
+    "lambda": lambda value: (lambda x: x) if value == 1 else (lambda x: -x),
+    "partial": lambda value: functools.partial(either(value)),
+    "bound": lambda value: functools.partial(keras.ops.power, x2=np.float32(value)),
+    "bound with a function": lambda value: functools.partial(bend, bent, value)}
+
+
+@pytest.mark.parametrize("held", HELD)
+def test_what_a_layer_holds_is_part_of_an_architecture(held):
+    one, again, two = (in_a_model(Holds(HELD[held](value))) for value in (1, 1, 2))
+    assert one == again != two
+
+
+def in_a_model(*some):
+    x = pixels = keras.Input((4,))
+    for layer in some:
+        x = layer(x)
+    return fingerprints.architecture(keras.Model(pixels, x))
+
+
+def test_which_layer_holds_what():
+    found = [in_a_model(*(Holds(scaled(by)) for by in order))
+             for order in ((2, 3), (3, 2), (2, 2, 3), (2, 3, 3))]
+    assert len({*found, in_a_model(Holds(scaled(2)), Holds(scaled(3)))}) == 4
+
+
+def test_a_regularizer_of_activities_and_a_partial_that_keras_cannot_save():
+    for made in (lambda value: {"activity_regularizer": either(value)},
+                 lambda value: {"activation": functools.partial(
+                     keras.ops.leaky_relu, negative_slope=value / 10)}):
+        one, again, two = (in_a_model(keras.layers.Dense(3, **made(value))) for value in (1, 1, 2))
+        assert one == again != two
+
+
+def test_operations_in_place_of_layers():
+    """Keras numbers them anew in each model."""
+    def added(by=1):
+        pixels = keras.Input((4,))
+        return keras.Model(pixels, keras.layers.Dense(4)(pixels) + pixels * by)
+
+    def nested():
+        pixels = keras.Input((4,))
+        return keras.Model(pixels, added()(pixels))
+
+    one, again, two = (fingerprints.architecture(added(by)) for by in (1, 1, 2))
+    assert one == again != two
+    assert fingerprints.architecture(nested()) == fingerprints.architecture(nested())
+
+
+def test_a_lambda_is_the_same_after_loading(tmp_path):
+    pixels = keras.Input((4,))
+    model = keras.Model(pixels, keras.layers.Lambda(lambda x: 2 * x)(pixels))
+    model.save(tmp_path / "a.keras")
+    loaded = keras.saving.load_model(tmp_path / "a.keras", safe_mode=False)
+    assert fingerprints.architecture(loaded) == fingerprints.architecture(model)
+    assert digests.code_digest(*(lambda x: x, lambda x: -x)) != digests.code_digest(
+        *(lambda x: x, lambda x: x))
+
+
+class AttrDict(dict):
+    __getattr__ = dict.__getitem__
+
+
+class Itself:
+    def __getattr__(self, name):
+        return self
+
+
+def endless():
+    value = [1]
+    value.append(value)
+    return value
+
+
+@pytest.mark.parametrize("made", [lambda: AttrDict(k=2), Itself, endless])
+def test_odd_objects_are_no_trap(made, monkeypatch):
+    value = made()
+    if made is not endless:  # which no layer can hold
+        assert in_a_model(Holds(value)) == in_a_model(Holds(value))
+    monkeypatch.setitem(globals(), "SLOPE", value)
+    assert digests.code_digest(bend)
+
+
+def closure(value):
+    class Noisy(keras.layers.Layer):
+        def call(self, x, training=None):
+            return x + value if training else x
+    return Noisy()
+
+
+def default(value):
+    class Noisy(keras.layers.Layer):
+        def call(self, x, training=None, k=value):
+            return x + k if training else x
+    return Noisy()
+
+
+def listed(value):
     class Noisy(keras.layers.Layer):
         def __init__(self):
             super().__init__()
             self.steps = [bend if value == 1 else bent]
-            self.dropout = keras.layers.Dropout(value / 10 if kind == "setting" else 0.1)
-            self.untold = Untold(Settings())
 
-        def closed(self, x, training=None):
-            return x + value if training else x
-
-        def default(self, x, training=None, k=value):
-            return x + k if training else x
-
-        def listed(self, x, training=None):
+        def call(self, x, training=None):
             return self.steps[0](x) if training else x
+    return Noisy()
 
-        def setting(self, x, training=None):
+
+def setting(value):
+    class Noisy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.dropout, self.untold = keras.layers.Dropout(value / 10), Untold(Settings())
+
+        def call(self, x, training=None):
             return self.dropout(x, training=training)
+    return Noisy()
 
-    Noisy.call = {"closure": Noisy.closed, "default": Noisy.default, "list": Noisy.listed,
-                  "setting": Noisy.setting}[kind]
-    if kind != "closure":
-        Noisy.closed = None
-    if kind != "default":
-        Noisy.default = None
+
+@pytest.mark.parametrize("layer", [closure, default, listed, setting])
+def test_what_acts_in_training_only_is_part_of_an_architecture(layer):
+    """No answer tells it."""
     pixels = keras.Input((4,))
-    return keras.Model(pixels, Noisy()(pixels))
-
-
-@pytest.mark.parametrize("kind", ["closure", "default", "list", "setting"])
-def test_what_acts_in_training_only_is_part_of_an_architecture(kind):
-    one, again, two = (fingerprints.architecture(noisy(kind, value)) for value in (1, 1, 2))
+    one, again, two = (fingerprints.architecture(keras.Model(pixels, layer(value)(pixels)))
+                       for value in (1, 1, 2))
     assert one == again != two
 
 
 @pytest.mark.parametrize("value, other", [
     (np.array([0.1]), np.array([0.9])), ({1, "a"}, {2, "a"}), ([1, "a"], [2, "a"])])
 def test_a_constant_may_be_an_array_or_a_set(value, other, monkeypatch):
-    digests = []
+    found = []
     for each in (value, value.copy(), other):
         monkeypatch.setitem(globals(), "SLOPE", each)
-        digests.append(fingerprints.code_digest(bend))
-    assert digests[0] == digests[1] != digests[2]
+        found.append(digests.code_digest(bend))
+    assert found[0] == found[1] != found[2]
 
 
 def test_a_constant_that_no_text_tells_is_left_out(monkeypatch):
     monkeypatch.setitem(globals(), "SLOPE", {1: "a", "b": 2})
-    assert fingerprints.code_digest(bend) == fingerprints.code_digest(bend)
+    assert digests.code_digest(bend) == digests.code_digest(bend)
 
 
 def test_the_size_of_the_first_batch_does_not_change_a_model():
@@ -1058,12 +1272,12 @@ def test_attributes_and_properties_of_a_layer_are_part_of_it(change, monkeypatch
     assert fingerprints.architecture(model) != first
 
 
-@pytest.mark.parametrize("part", ["_as_float", "_are_raw", "_are_probabilities", "_scales"])
+@pytest.mark.parametrize("part", ["_as_float", "check_images", "_are_probabilities", "_scales"])
 def test_the_code_of_a_run_holds_what_the_distiller_calls(part):
     """Also through the closure in which a Distiller asks its teacher."""
-    parts = fingerprints.with_helpers(
+    parts = digests.with_helpers(
         kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.compute_loss)
-    assert getattr(kdlib, part) in parts and recipes._as_matrix in fingerprints.with_helpers(
+    assert getattr(kdlib, part) in parts and recipes._as_matrix in digests.with_helpers(
         recipes.Muon)
 
 
