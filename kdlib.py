@@ -4,11 +4,11 @@ import hashlib
 import inspect
 import io
 import math
-import numbers
 import os
 import pickle
 import tarfile
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partialmethod, wraps
 from pathlib import Path
@@ -108,11 +108,9 @@ def _read(path: Path):
         with np.load(path, allow_pickle=False) as file:
             return [(file[f"x_{part}"], file[f"y_{part}"]) for part in ("train", "test")]
     names = "data_batch_1 data_batch_2 data_batch_3 data_batch_4 data_batch_5 test_batch".split()
-    if path.is_dir():
-        files = [(path / name).read_bytes() for name in names]
-    else:
-        with tarfile.open(path) as archive:
-            files = [archive.extractfile(f"cifar-10-batches-py/{name}").read() for name in names]
+    with nullcontext() if path.is_dir() else tarfile.open(path) as archive:
+        files = [archive.extractfile(f"cifar-10-batches-py/{name}").read() if archive else
+                 (path / name).read_bytes() for name in names]
     batches = [_OnlyArrays(io.BytesIO(file), encoding="bytes").load() for file in files]
     x = [batch[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1) for batch in batches]
     y = [np.array(batch[b"labels"]) for batch in batches]
@@ -167,8 +165,7 @@ def view_codes(*, images: int, views: int, shift: int, flip: bool) -> np.ndarray
     codes = np.zeros((views, images, 3), "int8")
     first = np.random.default_rng(1503).integers(0, 2, images)
     for v in range(views):
-        rng = np.random.default_rng([2531, v])
-        codes[v, :, :2] = rng.integers(-shift, shift + 1, (images, 2))
+        codes[v, :, :2] = np.random.default_rng([2531, v]).integers(-shift, shift + 1, (images, 2))
         codes[v, :, 2] = (first + v) % 2 if flip else 0
     return codes
 
@@ -244,7 +241,11 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
             f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
     # Where both exclude a class, the student's -inf would make the gradient nan.
     student = ops.maximum(student, ops.where(teacher == -math.inf, -1e38, -math.inf))
-    gap, z, w = teacher - student, teacher / temperature, student / temperature
+    # What all classes of a row share does not matter, but it takes digits from what they differ by.
+    z, w = (x - ops.stop_gradient(ops.where(ops.max(ops.abs(x), -1, True) > 64,
+                                            ops.max(x, -1, True), 0.0)) for x in (teacher, student))
+    gap = ops.where(ops.max(ops.abs(teacher - student), -1, True) > 64, z - w, teacher - student)
+    z, w = z / temperature, w / temperature
     p, q = ops.softmax(z, axis=-1), ops.softmax(w, axis=-1)
     # d = log(p / q). A small difference of quotients or logarithms is mostly their rounding.
     s = (gap - ops.stop_gradient(ops.max(gap, axis=-1, keepdims=True))) / temperature
@@ -278,7 +279,7 @@ def _as_float(name: str, logits):
 def _number(name: str, value) -> float:
     advice = {"temperature": "It divides the logits: from 0.001 to a million, typically 2 to 8.",
               "alpha": "It is the weight of the hard labels, from 0 to 1."}[name]
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    real = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
     fits = real and (1e-3 <= value <= 1e6 if name == "temperature" else 0 <= value <= 1)
     require(fits, f"{name} is {value!r}. {advice}", ValueError if real else TypeError)
     return float(value)

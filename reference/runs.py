@@ -1,7 +1,7 @@
 """Train or load a run, ask a teacher once, and measure what came out.
 
 Nothing here has to be read to follow a lesson. How a model is trained is in recipes.py, what a
-run is known by in fingerprints.py, how it survives a kill in resume.py.
+run is known by in fingerprints.py and digests.py, how it survives a kill in resume.py.
 """
 
 from __future__ import annotations

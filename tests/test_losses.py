@@ -69,6 +69,25 @@ def test_a_student_close_to_its_teacher(temperature, scale, gap):
     assert np.linalg.norm(tape.gradient(loss, student) - want) < 1e-3 * np.linalg.norm(want)
 
 
+@pytest.mark.parametrize("teacher, student, temperature", [
+    ([0.01, 0.02], [500.0, 500.0], 4), ([0.01, 0.02], [-500.0, -500.0], 4),
+    ([1000, 999.38, 991.7], [1000, 999.36, 988.2], 0.7),
+    ([-1.5, -8.3, -49.2, -1.52], [581.25, 574.44, 533.56, 581.24], 33),
+    ([0.0003, 3.01, -0.0064, 0.033], [535.8, 538.8, 535.79, 535.83], 20)])
+def test_what_the_classes_share_takes_no_digits(teacher, student, temperature):
+    """Nor does a class far off, where the others are large and close."""
+    teacher, student = (np.array([row], "float32") for row in (teacher, student))
+    variable = tf.Variable(student)
+    with tf.GradientTape() as tape:
+        loss = kdlib.distillation_loss(teacher_logits=teacher, student_logits=variable,
+                                       temperature=temperature)
+    p, q = (log_softmax64(z, temperature) for z in (teacher, student))
+    exact = temperature**2 * np.sum(np.exp(p) * (np.expm1(q - p) + p - q))
+    assert float(loss) == pytest.approx(exact, rel=1e-3)
+    want = temperature * (np.exp(q) - np.exp(p))
+    assert np.linalg.norm(tape.gradient(loss, variable) - want) < 1e-3 * np.linalg.norm(want)
+
+
 def test_a_class_of_probability_zero_contributes_nothing():
     student = tf.Variable([[0.0, 0.0]])
     with tf.GradientTape() as tape:
