@@ -76,8 +76,13 @@ def is_own(part) -> bool:
     name = part.__name__ if inspect.ismodule(part) else part.__module__
     path = (part.__code__.co_filename if inspect.isfunction(part) else
             getattr(sys.modules.get(name), "__file__", None) or "")
-    library = path.startswith((sysconfig.get_path("stdlib"), "<frozen"))
-    return not (library or INSTALLED & {*Path(path).parts} or name in sys.builtin_module_names)
+    return not (name in sys.builtin_module_names or _is_of_a_library(path))
+
+
+@functools.cache
+def _is_of_a_library(path: str) -> bool:
+    return (path.startswith((sysconfig.get_path("stdlib"), "<frozen"))
+            or not INSTALLED.isdisjoint(Path(path).parts))
 
 
 def methods(part) -> list:

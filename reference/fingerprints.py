@@ -42,9 +42,10 @@ def architecture(model) -> str:
     config = _config(model, number) or [  # a subclassed model; runs.py compares its answers as well
         type(model).__qualname__, [list(w.shape) for w in model.weights]]
     own = [_own_code(layer) for layer in layers]
-    inside = [None if isinstance(layer, keras.Model) else _config(layer, number)
-              for layer in layers]
-    return digest(config, *([own, inside] if any(own) else ()))
+    if any(own):
+        config = [config, own, [None if isinstance(layer, keras.Model) else _config(layer, number)
+                                for layer in layers]]
+    return digest(config)
 
 
 def _config(layer, number: dict):
@@ -75,10 +76,11 @@ def _own_code(layer) -> list:
     set_by_compile = _set_by_compile() if isinstance(layer, keras.Model) else ()
     held = {name: value for name, value in vars(layer).items() if name not in set_by_compile}
     parts = parts_of(*held.values())
-    kinds = dict.fromkeys(kind for part in (layer, *parts) for kind in type(part).__mro__
-                          if is_own(kind))
-    functions = dict.fromkeys(each for part in (*parts, *kinds) for each in methods(part)
-                              if is_own(each))
+    types = dict.fromkeys(map(type, (layer, *parts)))
+    kinds = dict.fromkeys(kind for each in types for kind in each.__mro__ if is_own(kind))
+    classes = [*filter(inspect.isclass, parts), *kinds]
+    functions = dict.fromkeys(filter(is_own, (
+        *filter(inspect.isfunction, parts), *(each for kind in classes for each in methods(kind)))))
     bound = [part for part in parts if isinstance(part, functools.partial)]
     if not functions and not bound:
         return []
