@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -18,15 +19,16 @@ import keras
 from kdlib import require
 
 TRAINING = """
-import os, sys
+import json, os, sys
 sys.path.insert(0, os.getcwd())
-from reference import experiments, fingerprints, runs
+from reference import controls, experiments, fingerprints, runs
 import keras
 data = experiments.Maker().data("digits")
 teacher = keras.saving.load_model(runs.REFERENCE / "weights" / "digits-teacher-seed0.keras")
 for method in ("scratch", "distilled"):
     model = runs.train_or_load(method, data, teacher=teacher).model
     print(method, fingerprints.digest(*model.get_weights()))
+print(json.dumps([*map(fingerprints.answers_digest, controls.CONTROLS.values())]))
 print(runs.CODE)
 """
 
@@ -46,13 +48,13 @@ def restamp(commit: str = "HEAD") -> int:
                         "reference"], cwd=runs.ROOT, check=True)
         with tarfile.open(before.with_suffix(".tar")) as archive:
             archive.extractall(before, filter="data")
-        *old, code = _trained(before, Path(folder, "runs-before"))
-        *new, _ = _trained(runs.ROOT, Path(folder, "runs-today"))
+        *old, was, code = _trained(before, Path(folder, "runs-before"))
+        *new, now, _ = _trained(runs.ROOT, Path(folder, "runs-today"))
     print(*old, *new, sep="\n")
     require(old == new, f"today's code gives other numbers than that of {commit}. Make the runs "
             "again.")
     with experiments._alone():
-        return _write_digests({code})
+        return _write_digests({code}, dict(zip(json.loads(was), json.loads(now), strict=True)))
 
 
 def _trained(tree: Path, folder: Path) -> list[str]:
@@ -63,8 +65,9 @@ def _trained(tree: Path, folder: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-def _write_digests(proven: set[str]) -> int:
-    """Today's digests of code, architectures and models, where the code was one of these."""
+def _write_digests(proven: set[str], answers: dict[str, str]) -> int:
+    """Today's digests of code, architectures and models, where the code was one of these; and of
+    functions that made the answers, by their digests before."""
     paths = {path.stem: path for path in (runs.REFERENCE / "rows").glob("*.json")
              if store.read_notes(path)["spec"]["code"] in proven}
     today, words = {}, set()
@@ -78,6 +81,8 @@ def _write_digests(proven: set[str]) -> int:
         notes = store.read_notes(path)
         each, _ = experiments.run_of(path.stem)
         before = notes["control"], notes["spec"].get("trainer")
+        made_by = notes["spec"]["answers"]
+        notes["spec"]["answers"] = answers.get(made_by, made_by)
         notes["spec"]["code"], notes["control"] = runs.CODE, experiments._control(each)
         if before[1]:
             notes["spec"]["trainer"] = {**before[1], "code": experiments._trainer(each)["code"]}

@@ -188,18 +188,19 @@ def test_only_notes_of_proven_code_get_todays_digest(monkeypatch, tmp_path):
     codes = {"digits-scratch-seed0": "proven", "digits-scratch-seed1": "older"}
     for stem, code in codes.items():
         store.write_notes(tmp_path / "rows" / f"{stem}.json", {
-            "spec": {"code": code, "architecture": "a", "teacher": None}, "control": "c",
-            "judge": None, "model": "m"})
-    assert restamp._write_digests({"proven"}) == 1
-    after = {stem: store.read_notes(tmp_path / "rows" / f"{stem}.json")["spec"]["code"]
-             for stem in codes}
-    assert after == {"digits-scratch-seed0": runs.CODE, "digits-scratch-seed1": "older"}
+            "spec": {"code": code, "architecture": "a", "teacher": None, "answers": "was"},
+            "control": "c", "judge": None, "model": "m"})
+    assert restamp._write_digests({"proven"}, {"was": "is", "other": "too"}) == 1
+    after = {stem: store.read_notes(tmp_path / "rows" / f"{stem}.json")["spec"] for stem in codes}
+    assert {stem: (spec["code"], spec["answers"]) for stem, spec in after.items()} == {
+        "digits-scratch-seed0": (runs.CODE, "is"), "digits-scratch-seed1": ("older", "was")}
 
 
 def test_code_that_trains_otherwise_stamps_nothing(monkeypatch):
-    trained = iter((["scratch a", "distilled b", "old code"], ["scratch a", "distilled c", "new"]))
+    trained = iter((["scratch a", "distilled b", "[]", "old code"],
+                    ["scratch a", "distilled c", "[]", "new"]))
     monkeypatch.setattr(restamp, "_trained", lambda *where: next(trained))
-    monkeypatch.setattr(restamp, "_write_digests", lambda proven: pytest.fail("stamped"))
+    monkeypatch.setattr(restamp, "_write_digests", lambda *_: pytest.fail("stamped"))
     monkeypatch.setattr(restamp, "subprocess", mock.Mock())
     monkeypatch.setattr(restamp, "tarfile", mock.MagicMock())
     with pytest.raises(ValueError, match="other numbers than that of HEAD"):
