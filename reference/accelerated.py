@@ -17,7 +17,7 @@ import json
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
@@ -334,7 +334,7 @@ def _measured(folder: Path, model, teacher, dataset, which: tuple, history, note
     each, seed = which
     spec = {
         "code": runs.CODE, "dataset": "cifar10", "data": fingerprints.data_digest(dataset),
-        "method": each.method, "seed": seed, **asdict(each.full_recipe()),
+        "method": each.method, "seed": seed, **each.full_recipe().settings(),
         "architecture": fingerprints.architecture(model), "begins_with": None,
         "temperature": each.temperature if each.distilled else None,
         "alpha": each.alpha if each.distilled else None, "answers": None,

@@ -107,7 +107,8 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
 
 def _fits(notes: dict, each: Experiment, seed: int) -> bool:
     """Whether they are of these settings, this code and this teacher."""
-    wanted = {**vars(each.full_recipe()), "code": runs.CODE, "trainer": _trainer(each)}
+    wanted = {"precision": None, **each.full_recipe().settings(), "code": runs.CODE,
+              "trainer": _trainer(each)}
     found = {key: notes["spec"].get(key) for key in wanted}
     if digests.text(found) != digests.text(wanted):
         return False
@@ -278,7 +279,9 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
         live = each.loss and features.METHODS[each.loss].where != "logits"  # the teacher runs, too
-        return float(rate.get((each.dataset, model), 15.0)) * (2 if live else 1)
+        half = each.full_recipe().precision == "bfloat16"
+        return float(rate.get((each.dataset, model), 15.0)) * (2 if live else 1) * (
+            0.5 if half else 1)
 
     return estimate
 

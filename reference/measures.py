@@ -22,7 +22,8 @@ def notes(spec: dict, model, figures: dict, history: dict, machines: list[str], 
     """What is kept of a training: what it was, its row of results.csv, its history."""
     row = {**spec, **figures, "teacher": taught_by, "model": re.sub(r"_\d+$", "", model.name),
            "parameters": model.count_params(), "seconds": round(sum(history.get("seconds", ()))),
-           "machine": machines[-1], "versions": versions or fingerprints.libraries()}
+           "machine": ", ".join([machines[-1], *filter(None, [spec.get("precision")])]),
+           "versions": versions or fingerprints.libraries()}
     return {"spec": spec, "row": {key: row.get(key) for key in RESULT_COLUMNS}, "history": history,
             "machines": machines, "judge": fingerprints.model_digest(teacher)}
 

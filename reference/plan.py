@@ -86,6 +86,7 @@ PAIRS = SIX[:5]
 TRIPLE = SIX[:3]
 OWN = "teacher-seed{seed}"  # a teacher for each pair
 FIVE, TEN = {"epochs": 5}, {"epochs": 10}
+HALF = {"precision": "bfloat16"}  # all that was begun after 27 November 2026: see PROTOCOL.md
 
 
 def _published() -> list[Experiment]:
@@ -198,21 +199,23 @@ def _evidence() -> list[Experiment]:
     six = " ".join(f"teacher-seed{k}" for k in SIX)
     table = [
         # D: better teachers, and worse ones
-        Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored"),
-        Experiment("distilled-six", PAIRS, teacher=six, signal="together"),
-        Experiment("teacher-large", build=networks.large_teacher),
-        Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0"),
-        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE),
-        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}"),
-        Experiment("teacher-smoothing", TRIPLE, recipe={"smoothing": 0.1}),
-        Experiment("distilled-smooth-teacher", TRIPLE, teacher="teacher-smoothing-seed{seed}"),
+        Experiment("distilled-bfloat16", PAIRS, teacher=OWN, recipe=HALF),
+        Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored", recipe=HALF),
+        Experiment("distilled-six", PAIRS, teacher=six, signal="together", recipe=HALF),
+        Experiment("teacher-large", build=networks.large_teacher, recipe=HALF),
+        Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0", recipe=HALF),
+        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE | HALF),
+        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}", recipe=HALF),
+        Experiment("teacher-smoothing", TRIPLE, recipe={"smoothing": 0.1} | HALF),
+        Experiment("distilled-smooth-teacher", TRIPLE, teacher="teacher-smoothing-seed{seed}",
+                   recipe=HALF),
     ]
     for epochs in (10, 40, 100):  # E; the others of scratch, and seed 0, are published
         name, recipe = f"{epochs}-epochs", {"epochs": epochs}
         table.append(Experiment(f"distilled-{name}", (1, 2), teacher=OWN, recipe=recipe))
         if epochs < 100:
             table.append(Experiment(f"scratch-{name}", (1, 2), recipe=recipe))
-    fresh = {"epochs": 100, "views": 0}
+    fresh = {"epochs": 100, "views": 0} | HALF
     table += [Experiment("scratch-100-epochs-fresh", TRIPLE, recipe=fresh),
               Experiment("distilled-100-epochs-fresh", TRIPLE, teacher=OWN, recipe=fresh)]
     table.append(Experiment("scratch-45-epochs-10-percent", TRIPLE, labels=10,  # F
@@ -229,13 +232,13 @@ def _evidence() -> list[Experiment]:
                        recipe=FIVE, **known),
             Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
     for percent in (20, 40):  # G
-        name, wrong = f"{percent}-wrong", {"wrong": percent}
+        name, wrong = f"{percent}-wrong", {"wrong": percent, "recipe": HALF}
         table += [Experiment(f"teacher-{name}", TRIPLE, **wrong),
                   Experiment(f"scratch-{name}", TRIPLE, **wrong),
                   Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
                              **wrong)]
     return [*table, Experiment("scratch-40-wrong-smoothing", TRIPLE, wrong=40,
-                               recipe={"smoothing": 0.1})]
+                               recipe={"smoothing": 0.1} | HALF)]
 
 
 def _many_machines() -> list[Experiment]:
@@ -266,7 +269,7 @@ TAUGHT = ("fitnet", "at", "rkd", "dkd")  # in notebook 09
 def _trial(loss: str, alpha: float, factor: float) -> Experiment:
     kd = "-kd" if alpha < 1 else ""
     return Experiment(f"distilled-5-epochs-{loss}{kd}-x{factor:g}", (100,), loss=loss, alpha=alpha,
-                      teacher="teacher-seed0", factor=factor, recipe=FIVE, choice=True)
+                      teacher="teacher-seed0", factor=factor, recipe=FIVE | HALF, choice=True)
 
 
 def chosen_factor(each: Experiment) -> float:
@@ -289,26 +292,26 @@ def _methods() -> list[Experiment]:
     alpha = 1: hard labels and the method alone. -kd: hard and soft labels as ever, and the method.
     A loss on logits takes the place of the soft labels, so it has no -kd.
     """
-    one, more = "teacher-seed0", PAIRS[3:]  # the others are published already
+    one, short = "teacher-seed0", FIVE | HALF
     variants = [(loss, alpha) for loss, method in features.METHODS.items()
                 for alpha in ((1.0,) if method.where == "logits" else (1.0, 0.1))]
-    table = [Experiment("scratch-5-epochs", more, recipe=FIVE),
-             Experiment("distilled-5-epochs", more, teacher=one, recipe=FIVE)]
+    table = [Experiment("scratch-5-epochs-bfloat16", PAIRS, recipe=short),
+             Experiment("distilled-5-epochs-bfloat16", PAIRS, teacher=one, recipe=short)]
     table += [_trial(*variant, factor) for variant in variants for factor in FACTORS]
     for loss, alpha in variants:
         name = f"{loss}{'-kd' if alpha < 1 else ''}"
         each = Experiment(f"distilled-5-epochs-{name}", PAIRS, teacher=one, loss=loss, alpha=alpha,
-                          recipe=FIVE)
+                          recipe=short)
         table += [each, replace(each, method=f"distilled-3-epochs-{name}", dataset="digits",
                                 seeds=(0,), factor=1.0, recipe={"epochs": 3})]
     for loss, alpha in variants:
         if loss not in TAUGHT or alpha == 1 and features.METHODS[loss].where != "logits":
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
-        each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha)
+        each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, recipe=HALF)
         table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
-                      alpha=1.0, factor=10.0, place="misplaced", recipe=FIVE)
+                      alpha=1.0, factor=10.0, place="misplaced", recipe=short)
     placed = replace(harm, method="distilled-5-epochs-fitnet-placed", place=None)
     return [*table, harm, placed]
 

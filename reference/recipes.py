@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+import os
+from dataclasses import asdict, dataclass
+from unittest import mock
 
 import kdlib
 import keras
@@ -35,6 +37,7 @@ class Recipe:
     # 0 makes new views every epoch, so the teacher must run live.
     shift: int = 4  # pixels
     flip: bool = True  # not for digits or letters
+    precision: str = "float32"  # of convolutions; or "bfloat16", where a processor has it
 
     def __post_init__(self):
         for name, low in (("epochs", 1), ("batch_size", 1), ("views", 0), ("shift", 0)):
@@ -48,6 +51,13 @@ class Recipe:
                 f"optimizer is {self.optimizer!r}. Choose 'muon', 'sgd' or 'adam'.")
         require(self.learning_rate >= 0,
                 f"learning_rate is {self.learning_rate}. It cannot be negative.")
+        require(self.precision in ("float32", "bfloat16"),
+                f"precision is {self.precision!r}. Choose 'float32' or 'bfloat16'.")
+
+    def settings(self) -> dict:
+        """What a run is known by. The usual precision is left out, as older runs had no other."""
+        return {name: value for name, value in asdict(self).items()
+                if (name, value) != ("precision", "float32")}
 
 
 RECIPES = {
@@ -195,6 +205,43 @@ def fused_norm(model):
     finally:
         for layer in plain:
             layer.__class__ = layers.BatchNormalization
+
+
+@contextlib.contextmanager
+def convolutions_in(precision: str):
+    """Compute convolutions, and what lies between two of them, in this precision.
+
+    Losses, matrix products and weights stay float32. The old setting comes back at the end.
+    Raises RuntimeError where the processor has no bfloat16: TensorFlow would go on in float32.
+    """
+    if precision == "float32":
+        yield
+        return
+    options, asked = tf.config.optimizer, {"auto_mixed_precision_onednn_bfloat16": True}
+    before = {name: options.get_experimental_options().get(name, False) for name in asked}
+    kept = {KEEP: "MatMul,BatchMatMul,BatchMatMulV2,BatchMatMulV3,Einsum"}
+    with mock.patch.dict(os.environ, kept):
+        options.set_experimental_options(asked)
+        try:
+            require(_rounds(), "precision is 'bfloat16', but this processor computes in float32. "
+                    "Use another machine, or a recipe with 'float32'.", RuntimeError)
+            yield
+        finally:
+            options.set_experimental_options(before)
+
+
+KEEP = "TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_ALLOWLIST_REMOVE"  # these stay float32
+
+
+@tf.function
+def _convolved(images):
+    return tf.nn.conv2d(images, tf.ones((3, 3, 16, 16)), 1, "SAME")
+
+
+def _rounds() -> bool:
+    """Whether a convolution takes 1 + 2^-12 for 1, as bfloat16 does and float32 doesn't."""
+    images = tf.ones((1, 8, 8, 16)) * (1 + 2**-12)
+    return bool(tf.reduce_all(_convolved(images) == _convolved(tf.ones_like(images))))
 
 
 class SmoothedCrossentropy(keras.losses.Loss):

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import kdlib
@@ -118,7 +118,7 @@ class Task:
         by_teacher = self.distilled and (not isinstance(self.answers, list) or trainer is not None)
         self.spec = {
             "code": CODE, "dataset": dataset.name, "data": fingerprints.data_digest(dataset),
-            "method": method, "seed": self.seed, **asdict(self.recipe),
+            "method": method, "seed": self.seed, **self.recipe.settings(),
             "architecture": fingerprints.architecture(self.model),
             "begins_with": digests.digest(*self.model.get_weights()) if self.own else None,
             "temperature": kdlib._number("temperature", temperature) if self.distilled else None,
@@ -178,7 +178,8 @@ class Task:
             if keeper.epoch < self.recipe.epochs:
                 batches = Batches(self.dataset, self.recipe, seed=self.seed,
                                   first_epoch=keeper.epoch, answers=answers)
-                with recipes.fused_norm(self.model):
+                with (recipes.fused_norm(self.model),
+                      recipes.convolutions_in(self.recipe.precision)):
                     trainer.fit(batches, initial_epoch=keeper.epoch, epochs=self.recipe.epochs,
                                 shuffle=False, verbose=0, validation_data=validation,
                                 validation_batch_size=batch_size(self.dataset.x_val),

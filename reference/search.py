@@ -49,7 +49,7 @@ class Search:
     @property
     def name(self) -> str:
         notes = store.read_notes(runs.REFERENCE / "rows" / f"{self.dataset}-teacher-seed0.json")
-        known_by = digests.digest(vars(self.recipe), self.temperatures, self.alphas,
+        known_by = digests.digest(self.recipe.settings(), self.temperatures, self.alphas,
                                        self.random_trials, runs.CODE, notes["model"])
         return f"search-{self.dataset}-{self.recipe.epochs}-epochs-{known_by[:8]}"
 
