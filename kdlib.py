@@ -245,7 +245,7 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     z, w = (x - ops.stop_gradient(ops.where(ops.max(ops.abs(x), -1, True) > 64,
                                             ops.max(x, -1, True), 0.0)) for x in (teacher, student))
     gap = ops.where(ops.max(ops.abs(teacher - student), -1, True) > 64, z - w, teacher - student)
-    z, w = z / temperature, w / temperature
+    z, w = z / temperature, w / temperature  # only now: gap is of the logits, before T
     p, q = ops.softmax(z, axis=-1), ops.softmax(w, axis=-1)
     # d = log(p / q). A small difference of quotients or logarithms is mostly their rounding.
     s = (gap - ops.stop_gradient(ops.max(gap, axis=-1, keepdims=True))) / temperature

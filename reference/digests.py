@@ -182,7 +182,10 @@ def _tree(part, *code) -> str:
         lambdas = any(each.co_name == "<lambda>" for each in code)  # its source is the whole line
     except (OSError, TypeError, SyntaxError, tokenize.TokenError):  # made by exec, for one
         lambdas = True
-    if lambdas or _is_edited(part, path, code):
+    if not lambdas and (edited := _is_edited(path, code)):
+        warnings.warn(f"{path} was edited after its import, so {part.__qualname__} is still the "
+                      "old one. Start the kernel again to run the new one.", stacklevel=2)
+    if lambdas or edited:
         return text([*map(_bytecode, code)])
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(node):
@@ -190,17 +193,13 @@ def _tree(part, *code) -> str:
     return text(_bare(tree))
 
 
-def _is_edited(part, path: str, code) -> bool:
-    """Whether a file says something else by now than what was imported from it. It warns."""
+def _is_edited(path: str, code) -> bool:
+    """Whether a file says something else by now than what was imported from it."""
     code = [each for each in code if each.co_filename == path]
     if not code or not Path(path).is_file():  # a cell of a notebook
         return False
     there = _lines_of(path, Path(path).stat().st_mtime_ns)
-    edited = not all([each.co_firstlineno, _bytecode(each)] in there for each in code)
-    if edited:
-        warnings.warn(f"{path} was edited after its import, so {part.__qualname__} is still the "
-                      "old one. Start the kernel again to run the new one.", stacklevel=2)
-    return edited
+    return not all([each.co_firstlineno, _bytecode(each)] in there for each in code)
 
 
 @functools.cache
