@@ -5,10 +5,13 @@ import re
 
 import pytest
 import scipy.stats
-from claims import BEST, CLAIMS, CONTROLS, LENGTHS, NOT_MEASURED, TABLE, alone, behind_j
-from claims import common_family, floored, gained_j, gains, limits_of_best, of_length, over_scratch
-from claims import page, part_c, part_j, points, slope, teachers_lead
+from claims import BEST, CLAIMS, CONTROLS, LENGTHS, NOT_MEASURED, SHARES, TABLE, alone, behind_j
+from claims import common_family, few_labels_gain, floored, gained_j, gains, limits_of_best, of_few
+from claims import of_length, over_scratch, page, part_c, part_f, part_j, points, slope
+from claims import teachers_lead
 from conftest import CIFAR10, ROOT
+
+from reference import evidence
 
 COMPARES = re.compile(
     r"\b(more|less|fewer|most|least|hardly|nearly|almost|better|worse|best|worst|higher|lower"
@@ -119,6 +122,30 @@ def test_the_table_of_part_e_is_that_of_the_rows():
     assert f"took {made.seconds.sum() / 3600:.1f} hours (column seconds)" in text
     on_val = "{:.2f}, {:.2f} to {:.2f}".format(*slope(column="val_accuracy"))
     assert f"On validation it is {on_val}" in text
+
+
+def test_the_table_of_part_f_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### F. Few labels")[2]
+    mean, known = part_f().mean(), few_labels_gain()
+    for share in SHARES:
+        row = [f"{share} %", f"{points(f'teacher-10-epochs-{share}-percent').mean():.2f}"]
+        row += [f"{mean[f'{share} {arm}']:.2f}"
+                for arm in ("scratch", "labelled", "own", "patient")]
+        for other in ("scratch", "patient"):
+            p = known.holm[other, share]
+            row += [of_few(other, share), "< 0.001" if p < 0.001 else f"{p:.3f}"]
+        assert f"| {' | '.join(row)} |" in text
+    assert part_f().shape == (3, 17) and part_f().notna().all(axis=None)
+    text = text.replace("\n", " ")
+    longer = evidence.compare(part_f(), [("10 own", "10 longer")]).iloc[0]
+    assert (f"reaches {mean['10 longer']:.2f}. -own is {longer.gain:.2f} points better, "
+            f"{longer.low:.2f} to {longer.high:.2f} (outside") in text
+    spread = [f"{known.spread['scratch', share]:.2f}" for share in SHARES]
+    assert f"spread by {', '.join(spread[:3])} and {spread[3]} points" in text
+    val = part_f("val_accuracy").mean()
+    for other, words in (("scratch", "On validation they are"), ("patient", "the steps")):
+        each = [f"{val[f'{share} own'] - val[f'{share} {other}']:.2f}" for share in SHARES]
+        assert f"{words} {', '.join(each[:3])} and {each[3]}" in text
 
 
 def test_the_table_of_part_h_is_that_of_the_rows():
