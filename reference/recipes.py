@@ -233,15 +233,11 @@ def convolutions_in(precision: str):
 KEEP = "TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_ALLOWLIST_REMOVE"  # these stay float32
 
 
-@tf.function
-def _convolved(images):
-    return tf.nn.conv2d(images, tf.ones((3, 3, 16, 16)), 1, "SAME")
-
-
 def _rounds() -> bool:
     """Whether a convolution takes 1 + 2^-12 for 1, as bfloat16 does and float32 doesn't."""
-    images = tf.ones((1, 8, 8, 16)) * (1 + 2**-12)
-    return bool(tf.reduce_all(_convolved(images) == _convolved(tf.ones_like(images))))
+    convolved = tf.function(lambda x: tf.nn.conv2d(x, tf.ones((3, 3, 16, 16)), 1, "SAME"))
+    ones = tf.ones((1, 8, 8, 16))
+    return bool(tf.reduce_all(convolved(ones * (1 + 2**-12)) == convolved(ones)))
 
 
 class SmoothedCrossentropy(keras.losses.Loss):
