@@ -207,6 +207,11 @@ def fused_norm(model):
             layer.__class__ = layers.BatchNormalization
 
 
+KEPT = {  # what stays float32 beside the convolutions
+    "TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_ALLOWLIST_REMOVE":
+        "MatMul,BatchMatMul,BatchMatMulV2,BatchMatMulV3,Einsum"}
+
+
 @contextlib.contextmanager
 def convolutions_in(precision: str):
     """Compute convolutions, and what lies between two of them, in this precision.
@@ -217,20 +222,16 @@ def convolutions_in(precision: str):
     if precision == "float32":
         yield
         return
-    options, asked = tf.config.optimizer, {"auto_mixed_precision_onednn_bfloat16": True}
-    before = {name: options.get_experimental_options().get(name, False) for name in asked}
-    kept = {KEEP: "MatMul,BatchMatMul,BatchMatMulV2,BatchMatMulV3,Einsum"}
-    with mock.patch.dict(os.environ, kept):
-        options.set_experimental_options(asked)
+    options, name = tf.config.optimizer, "auto_mixed_precision_onednn_bfloat16"
+    before = options.get_experimental_options().get(name, False)
+    with mock.patch.dict(os.environ, KEPT):
+        options.set_experimental_options({name: True})
         try:
             require(_rounds(), "precision is 'bfloat16', but this processor computes in float32. "
                     "Use another machine, or a recipe with 'float32'.", RuntimeError)
             yield
         finally:
-            options.set_experimental_options(before)
-
-
-KEEP = "TF_AUTO_MIXED_PRECISION_GRAPH_REWRITE_ALLOWLIST_REMOVE"  # these stay float32
+            options.set_experimental_options({name: before})
 
 
 def _rounds() -> bool:

@@ -20,14 +20,19 @@ from kdlib import require
 
 TRAINING = """
 import json, os, sys
+from contextlib import suppress
+from dataclasses import replace
 sys.path.insert(0, os.getcwd())
 from reference import controls, experiments, fingerprints, runs
 import keras
 data = experiments.Maker().data("digits")
 teacher = keras.saving.load_model(runs.REFERENCE / "weights" / "digits-teacher-seed0.keras")
 for method in ("scratch", "distilled"):
-    model = runs.train_or_load(method, data, teacher=teacher).model
-    print(method, fingerprints.digest(*model.get_weights()))
+    for precision in ("float32", "bfloat16"):
+        recipe = replace(runs.recipe_for(data, method), precision=precision)
+        with suppress(RuntimeError):  # a processor without bfloat16
+            model = runs.train_or_load(method, data, teacher=teacher, recipe=recipe).model
+            print(method, precision, fingerprints.digest(*model.get_weights()))
 print(json.dumps([*map(fingerprints.answers_digest, controls.CONTROLS.values())]))
 print(runs.CODE)
 """
@@ -37,8 +42,8 @@ def restamp(commit: str = "HEAD") -> int:
     """Write the digest of today's code into the published notes of a commit's, if they train alike.
 
     Published runs are found only under the code that made them. After a change that is not
-    meant to change any number, this trains a scratch and a distilled student on digits with
-    either code, on this machine, and compares the weights: to the last bit. What neither of them
+    meant to change any number, this trains a scratch and a distilled student on digits in each
+    precision with either code, and compares the weights: to the last bit. What none of them
     uses (other optimizers, trainers, controls) it takes your word for, and names. Notes of yet
     another code stay as they are. Needs git. Raises ValueError if the weights differ.
     """

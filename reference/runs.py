@@ -35,7 +35,8 @@ CODE = digests.digest(VIEW_CODE, digests.code_digest(*digests.with_helpers(
     kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
     kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
     measures.figures, predict_logits, Batches, make_optimizer, recipes.Muon,
-    recipes.FusedBatchNormalization, recipes.SmoothedCrossentropy)))
+    recipes.compile_for, recipes.SmoothedCrossentropy, recipes.fused_norm,
+    recipes.FusedBatchNormalization, recipes.convolutions_in)))
 
 # --- train or load --------------------------------------------------------------------
 
