@@ -32,6 +32,7 @@ def _greetings_held_back():
 
 
 if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":  # perhaps from a parent process
-    with contextlib.nullcontext() if "tensorflow" in sys.modules else _greetings_held_back():
+    with (contextlib.suppress(ModuleNotFoundError),  # lanes.py needs none
+          contextlib.nullcontext() if "tensorflow" in sys.modules else _greetings_held_back()):
         import tensorflow as tf
-    tf.get_logger().setLevel("ERROR")  # a new model is a new graph: no warning is due
+        tf.get_logger().setLevel("ERROR")  # a new model is a new graph: no warning is due

@@ -329,6 +329,16 @@ def _read(folder: Path) -> dict[str, list]:
 
 def _measured(folder: Path, model, teacher, dataset, which: tuple, history, notes: dict):
     """The files that experiments.publish copies, and the run that they are of."""
+    from reference import runs
+
+    logits = runs._both_logits(model, dataset)
+    found = _notes(model, teacher, dataset, which, history, notes,
+                   runs._figures(logits, dataset, teacher))
+    return runs.save(folder, model, logits, found, first_answers=logits["val"][:2])
+
+
+def _notes(model, teacher, dataset, which: tuple, history, notes: dict, figures: dict) -> dict:
+    """What is kept of a training elsewhere. notes: its machine and versions."""
     from reference import experiments, fingerprints, measures, runs
 
     each, seed = which
@@ -339,11 +349,8 @@ def _measured(folder: Path, model, teacher, dataset, which: tuple, history, note
         "temperature": each.temperature if each.distilled else None,
         "alpha": each.alpha if each.distilled else None, "answers": None,
         "teacher": fingerprints.model_digest(teacher), "trainer": experiments._trainer(each)}
-    logits = runs._both_logits(model, dataset)
-    found = measures.notes(spec, model, runs._figures(logits, dataset, teacher), history,
-                           [notes["machine"]], teacher=teacher, taught_by=each.taught_by(seed),
-                           versions=notes["versions"])
-    return runs.save(folder, model, logits, found, first_answers=logits["val"][:2])
+    return measures.notes(spec, model, figures, history, [notes["machine"]], teacher=teacher,
+                          taught_by=each.taught_by(seed), versions=notes["versions"])
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import accelerated, digests, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import accelerated, digests, evidence, features, fingerprints, lanes, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -33,6 +33,8 @@ from tqdm.auto import tqdm
 
 from reference.controls import CONTROLS, SIGNALS, few_labels, wrong_labels
 from reference.plan import EXPERIMENTS, Experiment
+ENGINES = {"accelerated": accelerated, "lanes": lanes}  # what trains on an accelerator
+
 # --- making rows ----------------------------------------------------------------------
 
 
@@ -66,8 +68,8 @@ class Maker:
         """What train_or_load needs, its teacher included."""
         kdlib.require(each.labels == 100 or not each.control, f"{each.method}: a control needs the "
                       "label of every image.")
-        kdlib.require(not each.accelerated, f"{each.method} is made on an accelerator: python "
-                      "reference/accelerated.py")
+        kdlib.require(not each.engine, f"{each.method} is made on an accelerator: python "
+                      f"reference/{each.engine}.py")
         data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
@@ -116,10 +118,12 @@ def _fits(notes: dict, each: Experiment, seed: int) -> bool:
 
 
 def _trainer(each: Experiment) -> dict | None:
-    """What a run's spec says of its trainer."""
-    if each.accelerated:
-        return fingerprints.identity_of(accelerated)
-    return fingerprints.identity_of(each.trainer()) if each.loss else None
+    """What a run's spec says of its trainer: what fits it, and where."""
+    parts = ENGINES.get(each.engine), each.trainer()
+    found = [fingerprints.identity_of(part) for part in parts if part is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    return {**found[0], **found[1], "code": digests.digest(*(each["code"] for each in found))}
 
 
 def _control(each: Experiment) -> str:
@@ -174,7 +178,7 @@ def to_make(experiments) -> list[tuple[Experiment, int]]:
     maker, found = Maker(), []
 
     def add(each, seed):
-        if each.accelerated or (each, seed) in found or notes_of(each, seed) is not None:
+        if each.engine or (each, seed) in found or notes_of(each, seed) is not None:
             return
         for name in each.teachers(seed):
             add(*maker.find(each.dataset, name))

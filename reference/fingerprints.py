@@ -14,11 +14,13 @@ from pathlib import Path
 
 import keras
 import numpy as np
-import tensorflow as tf
 from kdlib import require
 
 from reference.digests import (
     code_digest, digest, is_own, methods, parts_of, reached, text, told, with_helpers)
+
+with contextlib.suppress(ModuleNotFoundError):  # only what tells libraries and threads needs it
+    import tensorflow as tf
 
 SHAPES = "input_shape", "batch_shape"
 

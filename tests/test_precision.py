@@ -89,21 +89,22 @@ def test_the_losses_of_features_stay_what_they_are(name, bfloat16):
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
-def test_who_is_compared_has_one_precision():
+def test_who_is_compared_has_one_engine_and_precision():
     """The students of parts D, G and I, each with those that they are measured against."""
     def student(each):
-        return each.dataset == "cifar10" and not each.accelerated and not each.choice
+        return each.dataset == "cifar10" and each.engine != "accelerated" and not each.choice
 
     known = {each.method: each for each in plan.EXPERIMENTS if student(each)}
     parts = {
         "D": [f"distilled-{name}" for name in (
-            "bfloat16", "mirrored", "six", "large", "early", "smooth-teacher")],
+            "lanes", "mirrored", "six", "large", "early", "smooth-teacher")],
         "fresh": ["scratch-100-epochs-fresh", "distilled-100-epochs-fresh"],
         "G": [f"{who}-{share}-wrong" for share in (20, 40) for who in ("scratch", "distilled")]
         + ["scratch-40-wrong-smoothing"],
-        "I": ["scratch-5-epochs-bfloat16", "distilled-5-epochs-bfloat16",
+        "I": ["scratch-5-epochs-lanes", "distilled-5-epochs-lanes",
               *(name for name, each in known.items() if each.loss)]}
-    for names in parts.values():
-        assert {known[name].full_recipe().precision for name in names} == {"bfloat16"}
-    others = [known[name].full_recipe().precision for name in ("scratch", "distilled", "teacher")]
-    assert set(others) == {"float32"}
+    for part, names in parts.items():
+        found = {(known[name].engine, known[name].full_recipe().precision) for name in names}
+        assert found == {(None, "bfloat16") if part == "G" else ("lanes", "float32")}
+    others = [known[name] for name in ("scratch", "distilled", "teacher")]
+    assert {(each.engine, each.full_recipe().precision) for each in others} == {(None, "float32")}
