@@ -31,7 +31,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from reference import accelerated, controls, features, recipes
+from reference import accelerated, controls, features, fingerprints, recipes
 from reference.accelerated import augment
 
 LANES = 5  # shorter lists of seeds are filled up, so that one compiled epoch serves them all
@@ -40,25 +40,34 @@ LANES = 5  # shorter lists of seeds are filled up, so that one compiled epoch se
 # --- on the device --------------------------------------------------------------------
 
 
-class _Convolution(layers.Conv2D):
-    """Conv2D as a matrix product in bfloat16: with a kernel for each lane it stays one."""
+class _Rounded(layers.Conv2D):
+    """Conv2D in bfloat16."""
 
     def call(self, inputs):
-        import jax
-
-        rows, cols = self.kernel_size
-        height, width = inputs.shape[1:3]
-        padded = ops.pad(inputs, [[0, 0], [(rows - 1) // 2, rows // 2],
-                                  [(cols - 1) // 2, cols // 2], [0, 0]])
-        patches = ops.concatenate([ops.cast(padded[:, r : r + height, c : c + width], "bfloat16")
-                                   for r in range(rows) for c in range(cols)], axis=-1)
-        kernel = ops.cast(ops.reshape(self.kernel, (-1, self.filters)), "bfloat16")
-        outputs = ops.cast(jax.lax.dot_general(patches, kernel, (((3,), (0,)), ((), ())),
-                                               precision="default"), "float32")
+        outputs = ops.cast(self._convolved(ops.cast(inputs, "bfloat16"),
+                                           ops.cast(self.kernel, "bfloat16")), "float32")
         return self.activation(outputs + self.bias if self.use_bias else outputs)
 
+    def _convolved(self, images, kernel):
+        return ops.conv(images, kernel, padding="same")
 
-def rounded(model) -> None:
+
+class _AsProduct(_Rounded):
+    """The same as a matrix product, which stays one if each lane has a kernel of its own."""
+
+    def _convolved(self, images, kernel):
+        import jax
+
+        (rows, cols), (height, width) = self.kernel_size, images.shape[1:3]
+        padded = ops.pad(images, [[0, 0], [(rows - 1) // 2, rows // 2],
+                                  [(cols - 1) // 2, cols // 2], [0, 0]])
+        patches = ops.concatenate([padded[:, r : r + height, c : c + width]
+                                   for r in range(rows) for c in range(cols)], axis=-1)
+        kernel = ops.reshape(kernel, (-1, self.filters))
+        return jax.lax.dot_general(patches, kernel, (((3,), (0,)), ((), ())), precision="default")
+
+
+def rounded(model, kind=_AsProduct) -> None:
     """Let a model's convolutions compute in bfloat16. Its weights stay what they are."""
     for layer in model._flatten_layers():
         if type(layer) is layers.Conv2D:
@@ -66,7 +75,7 @@ def rounded(model) -> None:
             kdlib.require(plain and (layer.padding == "same" or layer.kernel_size == (1, 1)),
                           f"{layer.name} has strides, dilation, groups, or another padding than "
                           "'same'. That is not known here.")
-            layer.__class__ = _Convolution
+            layer.__class__ = kind
 
 
 class _Lent:
@@ -99,17 +108,17 @@ class Arm:
         self.steps = len(dataset.y_train) // self.recipe.batch_size
         kdlib.require(self.steps * self.recipe.batch_size == len(dataset.y_train),
                       f"batch_size is {self.recipe.batch_size}. It has to divide the images.")
-        self.trainer, self.judge = self._made(each.seeds[0]), _built(each)
+        self.trainer = self._made(each.seeds[0])
         self.student = getattr(self.trainer, "student", self.trainer)
         recipes.compile_for(self.trainer, self.recipe, dataset, distilled=each.distilled,
-                            last_layer=self.judge.layers[-1].name)
+                            last_layer=self.student.layers[-1].name)
         self.trainer.optimizer.build(self.trainer.trainable_variables)
         self.trainer.optimizer._learning_rate = accelerated._Given()
         self.clean = [[np.asarray(v) for v in kept] for kept in (
             self.trainer.optimizer.variables, self.trainer.metrics_variables)]
         rounded(self.trainer)
         if self.live:
-            rounded(teacher)
+            rounded(teacher, _AsProduct if self.several else _Rounded)
 
     def _made(self, seed: int):
         """The student of a seed, and what trains it."""
@@ -164,17 +173,6 @@ class Arm:
             kind((lanes, self.steps, self.recipe.batch_size), "int32"),
             kind((self.steps,), "float32")).compile
 
-    @functools.cached_property
-    def _validate(self):
-        import jax
-
-        def one(weights):
-            logits = jax.lax.map(lambda images: self.judge.stateless_call(
-                *weights, images, training=False)[0], _blocks(self.dataset.x_val, 500))
-            return ops.mean(ops.cast(ops.argmax(ops.reshape(logits, (-1, logits.shape[-1])), -1)
-                                     == self.dataset.y_val, "float32"))
-        return jax.jit(lambda lanes: jax.lax.map(one, lanes))
-
     def students(self, state) -> list[list]:
         """Of all that is trained the student's own: trainable variables, and the others."""
         return [[kept[[id(v) for v in all_].index(id(own))] for own in owns]
@@ -185,7 +183,8 @@ class Arm:
 
     def validation(self, state) -> np.ndarray:
         """The validation accuracy of each lane, in float32."""
-        return np.asarray(self._validate(self.students(state)))
+        judge = _judging(_builder(self.each))
+        return np.asarray(judge(self.students(state), self.dataset.x_val, self.dataset.y_val))
 
     def weights(self, state, lane: int) -> list[np.ndarray]:
         """A lane's student, as Keras orders its weights."""
@@ -193,6 +192,21 @@ class Arm:
                                   *self.student.non_trainable_variables)),
                          sum(self.students(state), []), strict=True))
         return [np.asarray(found[id(v)][lane]) for v in self.student.weights]
+
+
+@functools.cache
+def _judging(build: Callable):
+    """A function (students, images, labels) that gives the accuracy of each lane, in float32."""
+    import jax
+
+    judge = build()
+
+    def accuracy(student, x, y):
+        logits = jax.lax.map(lambda images: judge.stateless_call(
+            *student, images, training=False)[0], _blocks(x, 500))
+        logits = ops.reshape(logits, (-1, logits.shape[-1]))
+        return ops.mean(ops.cast(ops.argmax(logits, axis=-1) == y, "float32"))
+    return jax.jit(lambda students, x, y: jax.lax.map(lambda one: accuracy(one, x, y), students))
 
 
 @functools.cache
@@ -251,9 +265,13 @@ def experiment(name: str):
                 if (each.dataset, each.method) == ("cifar10", method))
 
 
-def _built(each):
+def _builder(each) -> Callable:
     teaches = each.method.startswith("teacher")
-    return (each.build or (kdlib.build_teacher if teaches else kdlib.build_student))()
+    return each.build or (kdlib.build_teacher if teaches else kdlib.build_student)
+
+
+def _built(each):
+    return _builder(each)()
 
 
 # --- what to train --------------------------------------------------------------------
@@ -268,6 +286,7 @@ class Run:
         jax.config.update("jax_default_matmul_precision", "float32")
         self.folder, self.experiments, self.log = folder, experiments, log
         self.dataset, self.begun = dataset or kdlib.load_dataset("cifar10"), time.perf_counter()
+        self.digest = fingerprints.data_digest(self.dataset)
         self.data = jax.device_put((self.dataset.x_train, self.dataset.y_train))
         self.made, self.arms = {}, {}  # weights of teachers by name; compiled epochs by kind
         self.factors = {}  # of the methods' weights, as chosen
@@ -382,7 +401,7 @@ class Run:
                       answers)[:len(wanted)]
         for one, (name, seed, weight) in zip(found, wanted, strict=True):
             one |= {"name": name, "seed": seed, "weight": weight if each.loss else None}
-            write(self.folder, one)
+            write(self.folder, one, self.digest)
         worth = " ".join(f"{100 * _worth(one['history']):.2f}" for one in found)
         self.log(f"{wanted[0][0]}: {worth}, {time.perf_counter() - started:.0f} s, "
                  f"after {time.perf_counter() - self.begun:.0f} s")
@@ -395,11 +414,11 @@ def _worth(history: dict) -> float:
     return history["val_accuracy"][-1] if finite else -1.0
 
 
-def write(folder: Path, one: dict) -> None:
-    """Weights and notes of a run, in one file."""
+def write(folder: Path, one: dict, data: str) -> None:
+    """Weights and notes of a run, in one file. data: the digest of its images and labels."""
     import jax
 
-    notes = {"machine": jax.devices()[0].device_kind,
+    notes = {"data": data, "machine": jax.devices()[0].device_kind,
              "versions": f"jax {jax.__version__}, keras {keras.__version__}, "
                          f"numpy {np.__version__}",
              **{key: one[key] for key in ("name", "seed", "weight", "history")}}
@@ -414,7 +433,7 @@ def write(folder: Path, one: dict) -> None:
 def identity() -> tuple[dict, list]:
     """Settings that no recipe has, and the code that acts on the numbers."""
     return {"engine": "lanes", "convolutions": "bfloat16"}, [
-        augment, _Convolution, rounded, _Lent, Arm, _asking, train, accelerated._Given]
+        augment, _Rounded, _AsProduct, rounded, _Lent, Arm, _asking, train, accelerated._Given]
 
 
 def publish(folder: Path) -> None:
@@ -435,6 +454,8 @@ def _publish(path: Path, each, seed: int, dataset, teacher) -> str:
     with np.load(path) as file:
         notes = json.loads(str(file["notes"]))
         weights = [file[key] for key in file.files if key != "notes"]
+    kdlib.require(notes["data"] == fingerprints.data_digest(dataset),
+                  f"{path.name} was trained with other images, labels or another split.")
     kdlib.require(len(notes["history"]["loss"]) == each.full_recipe().epochs,
                   f"{path.name} has {len(notes['history']['loss'])} epochs.")
     kdlib.require(not each.loss or np.isclose(notes["weight"], each.trainer().weight),

@@ -86,8 +86,7 @@ PAIRS = SIX[:5]
 TRIPLE = SIX[:3]
 OWN = "teacher-seed{seed}"  # a teacher for each pair
 FIVE, TEN = {"epochs": 5}, {"epochs": 10}
-HALF = {"precision": "bfloat16"}  # part G; see PROTOCOL.md
-LANES = {"engine": "lanes"}  # trained on an accelerator, seeds side by side; see PROTOCOL.md
+HALF = {"precision": "bfloat16"}  # parts D, G, I after 20 epochs, fresh views; see PROTOCOL.md
 
 
 def _published() -> list[Experiment]:
@@ -200,25 +199,25 @@ def _evidence() -> list[Experiment]:
     six = " ".join(f"teacher-seed{k}" for k in SIX)
     table = [
         # D: better teachers, and worse ones
-        Experiment("distilled-lanes", PAIRS, teacher=OWN, **LANES),
-        Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored", **LANES),
-        Experiment("distilled-six", PAIRS, teacher=six, signal="together", **LANES),
-        Experiment("teacher-large", build=networks.large_teacher, **LANES),
-        Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0", **LANES),
-        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE, **LANES),
-        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}", **LANES),
-        Experiment("teacher-smoothing", TRIPLE, recipe={"smoothing": 0.1}, **LANES),
+        Experiment("distilled-bfloat16", PAIRS, teacher=OWN, recipe=HALF),
+        Experiment("distilled-mirrored", PAIRS, teacher=OWN, signal="mirrored", recipe=HALF),
+        Experiment("distilled-six", PAIRS, teacher=six, signal="together", recipe=HALF),
+        Experiment("teacher-large", build=networks.large_teacher, recipe=HALF),
+        Experiment("distilled-large", PAIRS, teacher="teacher-large-seed0", recipe=HALF),
+        Experiment("teacher-5-epochs", PAIRS, recipe=FIVE | HALF),
+        Experiment("distilled-early", PAIRS, teacher="teacher-5-epochs-seed{seed}", recipe=HALF),
+        Experiment("teacher-smoothing", TRIPLE, recipe={"smoothing": 0.1} | HALF),
         Experiment("distilled-smooth-teacher", TRIPLE, teacher="teacher-smoothing-seed{seed}",
-                   **LANES),
+                   recipe=HALF),
     ]
     for epochs in (10, 40, 100):  # E; the others of scratch, and seed 0, are published
         name, recipe = f"{epochs}-epochs", {"epochs": epochs}
         table.append(Experiment(f"distilled-{name}", (1, 2), teacher=OWN, recipe=recipe))
         if epochs < 100:
             table.append(Experiment(f"scratch-{name}", (1, 2), recipe=recipe))
-    fresh = dict(seeds=TRIPLE, recipe={"epochs": 100, "views": 0}, **LANES)
-    table += [Experiment("scratch-100-epochs-fresh", **fresh),
-              Experiment("distilled-100-epochs-fresh", teacher=OWN, **fresh)]
+    fresh = {"epochs": 100, "views": 0} | HALF
+    table += [Experiment("scratch-100-epochs-fresh", TRIPLE, recipe=fresh),
+              Experiment("distilled-100-epochs-fresh", TRIPLE, teacher=OWN, recipe=fresh)]
     table.append(Experiment("scratch-45-epochs-10-percent", TRIPLE, labels=10,  # F
                             recipe={"epochs": 45}))
     for percent in (1, 5, 10, 25):
@@ -270,7 +269,8 @@ TAUGHT = ("fitnet", "at", "rkd", "dkd")  # in notebook 09
 def _trial(loss: str, alpha: float, factor: float) -> Experiment:
     kd = "-kd" if alpha < 1 else ""
     return Experiment(f"distilled-5-epochs-{loss}{kd}-x{factor:g}", (100,), loss=loss, alpha=alpha,
-                      teacher="teacher-seed0", factor=factor, recipe=FIVE, choice=True, **LANES)
+                      teacher="teacher-seed0", factor=factor, recipe=FIVE, engine="lanes",
+                      choice=True)
 
 
 def chosen_factor(each: Experiment) -> float:
@@ -293,7 +293,7 @@ def _methods() -> list[Experiment]:
     alpha = 1: hard labels and the method alone. -kd: hard and soft labels as ever, and the method.
     A loss on logits takes the place of the soft labels, so it has no -kd.
     """
-    one, short = "teacher-seed0", dict(recipe=FIVE, **LANES)
+    one, short = "teacher-seed0", dict(recipe=FIVE, engine="lanes")
     variants = [(loss, alpha) for loss, method in features.METHODS.items()
                 for alpha in ((1.0,) if method.where == "logits" else (1.0, 0.1))]
     table = [Experiment("scratch-5-epochs-lanes", PAIRS, **short),
@@ -309,7 +309,7 @@ def _methods() -> list[Experiment]:
         if loss not in TAUGHT or alpha == 1 and features.METHODS[loss].where != "logits":
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
-        each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, **LANES)
+        each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, recipe=HALF)
         table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
                       alpha=1.0, factor=10.0, place="misplaced", **short)

@@ -1,8 +1,12 @@
 """The engine of parts D and I: seeds side by side, beside Keras's own fit."""
 
+from reference import experiments, fingerprints, lanes, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+import json
 import os
 import subprocess
 
+import kdlib
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_distiller import python_with
@@ -83,19 +87,23 @@ def strayed(each, folder):
 
 
 folder = Path(sys.argv[1])
-rounded, lanes.rounded = lanes.rounded, lambda model: None
-for each in (of("scratch-5-epochs-lanes"), of("distilled-5-epochs-lanes"),
-             of("distilled-5-epochs-at-kd", factor=0.01), of("distilled-lanes")):
+rounded, lanes.rounded = lanes.rounded, lambda *_: None
+for each in (of("scratch-5-epochs-lanes"),  # and a small weight, as a large one magnifies rounding
+             of("distilled-5-epochs-at-kd", factor=0.01, teacher="teacher-seed{seed}")):
     share = strayed(each, folder)
     print(each.method, share)
     assert share < 1e-4, share
 
-model, images = small(), pictures(20)[0]
-exact = np.asarray(model(images, training=False))
-rounded(model)
-close = np.asarray(model(images, training=False))
-assert np.any(exact != close)
-np.testing.assert_allclose(close, exact, atol=0.05 * np.abs(exact).max())
+images, found = pictures(20)[0], []
+for kind in (lanes._Rounded, lanes._AsProduct):
+    keras.utils.set_random_seed(0)
+    model = small()
+    exact = np.asarray(model(images, training=False))
+    rounded(model, kind)
+    found.append(np.asarray(model(images, training=False)))
+    assert np.any(exact != found[-1])
+for close in (exact, found[1]):
+    np.testing.assert_allclose(found[0], close, atol=0.05 * np.abs(exact).max())
 print("fine")
 """
 
@@ -108,3 +116,61 @@ def test_lanes_train_as_fit_does(tmp_path):
         env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.splitlines()[-1] == "fine"
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A function that writes a run as it comes back, and publishes it beside nothing else."""
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (30, 32, 32, 3)).astype("uint8") for _ in range(3)]
+    labels = np.arange(30, dtype="int32") % 10
+    data = kdlib.Dataset("cifar10", kdlib.CIFAR10_CLASSES, images[0], labels, images[1], labels,
+                         images[2], labels)
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "weights").mkdir()
+    (each,), path = lanes.wanted(["scratch-5-epochs-lanes"]), tmp_path / "back" / "run.npz"
+    path.parent.mkdir()
+    weights = kdlib.build_student().get_weights()
+
+    def publish(**changed):
+        history = {key: [1.0] * 5 for key in ("loss", "accuracy", "val_accuracy", "seconds")}
+        notes = {"data": fingerprints.data_digest(data), "weight": None, "machine": "a machine",
+                 "versions": "jax 1", "history": history} | changed
+        np.savez(path, notes=json.dumps(notes),
+                 **{f"{k:03d}": value for k, value in enumerate(weights)})
+        lanes._publish(path, each, 0, data, None)
+        return store.read_notes(tmp_path / "rows" / f"{each.stem(0)}.json")["row"]
+
+    return publish
+
+
+def test_what_comes_back_is_measured_here(trained):
+    row = trained()
+    assert (row["machine"], row["versions"], row["seconds"]) == ("a machine", "jax 1", 5)
+    assert 0 <= row["test_accuracy"] <= 1 and row["epochs"] == 5
+
+
+def test_a_run_of_other_images_is_refused(trained):
+    with pytest.raises(ValueError, match="other images, labels or another split"):
+        trained(data="another")
+
+
+def test_a_run_that_is_cut_off_is_refused(trained):
+    with pytest.raises(ValueError, match="has 2 epochs"):
+        trained(history={"loss": [1.0, 1.0]})
+
+
+def test_a_run_that_diverged_is_a_row_without_figures(trained):
+    history = {key: [1.0] * 5 for key in ("accuracy", "val_accuracy", "seconds")}
+    row = trained(history=history | {"loss": [1.0, np.nan, np.nan, np.nan, np.nan]})
+    assert row["test_accuracy"] is None and row["machine"] == "a machine"
+
+
+def test_elsewhere_it_is_refused_with_a_sentence():
+    (each,) = lanes.wanted(["distilled-5-epochs-lanes"])
+    with pytest.raises(ValueError, match="python reference/lanes.py"):
+        experiments.Maker().settings(each, 0)
+    with pytest.raises(ValueError, match="scratch is not made by lanes.py"):
+        lanes.wanted(["scratch"])
