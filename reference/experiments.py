@@ -282,10 +282,11 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
 
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
-        live = each.loss and features.METHODS[each.loss].where != "logits"  # the teacher runs, too
-        half = each.full_recipe().precision == "bfloat16"
-        return float(rate.get((each.dataset, model), 15.0)) * (2 if live else 1) * (
-            0.5 if half else 1)
+        usual = float(rate.get((each.dataset, model), 15.0))
+        live = each.loss and features.METHODS[each.loss].where != "logits"
+        with_teacher = 2 if live else 1
+        halved = 0.5 if each.full_recipe().precision == "bfloat16" else 1
+        return usual * with_teacher * halved
 
     return estimate
 
