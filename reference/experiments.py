@@ -180,6 +180,8 @@ def to_make(experiments) -> list[tuple[Experiment, int]]:
     def add(each, seed):
         if each.engine or (each, seed) in found or notes_of(each, seed) is not None:
             return
+        if any(trial.engine and notes_of(trial, 100) is None for trial in each.trials()):
+            return  # they come from elsewhere
         for name in each.teachers(seed):
             add(*maker.find(each.dataset, name))
         for trial in each.trials():

@@ -1,7 +1,8 @@
 """Every row of results.csv as data: what it is, which settings, which seeds.
 
-experiments.py makes the rows. PROTOCOL.md announces those of _pairs, _controls, _recipe_choice,
-_evidence, _many_machines, _methods, _architectures and _best before they are made.
+experiments.py makes the rows; those of an engine come from accelerated.py and lanes.py. PROTOCOL.md
+announces those of _pairs, _controls, _recipe_choice, _evidence, _many_machines, _methods,
+_architectures and _best before they are made.
 """
 
 from __future__ import annotations
@@ -279,9 +280,10 @@ def chosen_factor(each: Experiment) -> float:
     for trial in each.trials():
         path = runs.REFERENCE / "rows" / f"{trial.stem(100)}.json"
         kdlib.require(path.exists(), f"the trial {trial.method} of {each.method} is missing. Make "
-                      f"it first: python reference/experiments.py {trial.method}")
-        accuracy = store.read_notes(path)["row"]["val_accuracy"]
-        found[trial.factor] = -1 if accuracy is None else accuracy  # None: it diverged
+                      f"it first: python reference/{trial.engine or 'experiments'}.py")
+        notes = store.read_notes(path)  # judged where it was made
+        found[trial.factor] = (-1 if "diverged" in notes else
+                               notes["history"]["val_accuracy"][-1])
     kdlib.require(max(found.values()) >= 0, f"all trials of {each.method} diverged.")
     return max(FACTORS, key=found.get)
 

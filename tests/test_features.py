@@ -441,7 +441,7 @@ def test_the_weight_is_the_best_trial_on_validation(monkeypatch, tmp_path):
             each.trainer()
         trial = plan._trial("at", 0.1, factor)
         runs.store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json",
-                               {"row": {"val_accuracy": accuracy}})
+                               {"history": {"val_accuracy": [0.1, accuracy]}})
     assert each.trainer().weight == features.METHODS["at"].weight  # of equals, the authors' own
 
 
