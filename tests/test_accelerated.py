@@ -66,6 +66,7 @@ def test_a_depthwise_and_a_1x1_kernel_act_as_one_dense_kernel():
 
 ON_JAX = """
 import sys
+sys.path.insert(0, "tests")
 from dataclasses import replace
 from pathlib import Path
 
@@ -73,20 +74,10 @@ import jax
 import kdlib
 import keras
 import numpy as np
+from pictures import data
 from reference import accelerated, networks
 from reference.recipes import make_optimizer
 
-rng = np.random.default_rng(0)
-colours = rng.integers(40, 216, (10, 1, 1, 3))
-
-
-def pictures(count):
-    labels = np.arange(count, dtype="int32") % 10
-    noisy = colours[labels] + rng.normal(0, 40, (count, 32, 32, 3))
-    return np.clip(noisy, 0, 255).astype("uint8"), labels
-
-
-data = kdlib.Dataset("cifar10", kdlib.CIFAR10_CLASSES, *pictures(100), *pictures(50), *pictures(50))
 codes = kdlib.view_codes(images=100, views=2, shift=4, flip=True)
 assert (np.asarray(accelerated.augment(data.x_train, codes[1]))
         == kdlib.augment(data.x_train, codes[1])).all()

@@ -15,25 +15,17 @@ from test_distiller import python_with
 
 ON_JAX = """
 import sys
+sys.path.insert(0, "tests")
 from dataclasses import replace
 from pathlib import Path
 
 import kdlib
 import keras
 import numpy as np
-from reference import lanes, recipes
+from pictures import data, pictures
+from reference import fingerprints, lanes, recipes
 
-rng = np.random.default_rng(0)
-colours = rng.integers(40, 216, (10, 1, 1, 3))
-
-
-def pictures(count):
-    labels = np.arange(count, dtype="int32") % 10
-    noisy = colours[labels] + rng.normal(0, 40, (count, 32, 32, 3))
-    return np.clip(noisy, 0, 255).astype("uint8"), labels
-
-
-data = kdlib.Dataset("cifar10", kdlib.CIFAR10_CLASSES, *pictures(100), *pictures(50), *pictures(50))
+code = fingerprints.identity_of(lanes)["code"]
 codes = kdlib.view_codes(images=100, views=20, shift=4, flip=True)
 
 
@@ -107,7 +99,7 @@ for kind in (lanes._Rounded, lanes._AsProduct):
     assert np.any(exact != found[-1])
 for close in (exact, found[1]):
     np.testing.assert_allclose(found[0], close, atol=0.05 * np.abs(exact).max())
-print(lanes.fingerprints.identity_of(lanes)["code"], "fine")
+print(code, "fine")
 """
 
 
