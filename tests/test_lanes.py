@@ -82,12 +82,14 @@ def strayed(experiments, folder):
 
 folder = Path(sys.argv[1])
 rounded, lanes.rounded, lanes.LANES = lanes.rounded, lambda *_: None, 3  # one lane fills up
-shares = strayed([of("scratch-5-epochs-lanes"), of("distilled-5-epochs-lanes"),
-                  of("distilled-5-epochs-at-kd", factor=0.01),  # a large one magnifies rounding
-                  of("distilled-5-epochs-crd-kd", factor=0.1)], folder)
-assert max(shares.values()) < 1e-4, shares
-shares = strayed([of("scratch-5-epochs-lanes", "muon")], folder)
-assert max(shares.values()) < 1e-2, shares  # its steps have one length: rounding grows
+if sys.argv[2] == "muon":  # its steps have one length: rounding grows
+    shares = strayed([of("scratch-5-epochs-lanes", "muon")], folder)
+    assert max(shares.values()) < 1e-2, shares
+else:
+    shares = strayed([of("scratch-5-epochs-lanes"),
+                      of("distilled-5-epochs-at-kd", factor=0.01),  # a large one magnifies rounding
+                      of("distilled-5-epochs-crd-kd", factor=0.1)], folder)
+    assert max(shares.values()) < 1e-4, shares
 
 images, found = pictures(20)[0], []
 for kind in (lanes._Rounded, lanes._AsProduct):
@@ -104,10 +106,12 @@ print(code, "fine")
 
 
 @pytest.mark.slow
-def test_lanes_train_as_fit_does(tmp_path):
+@pytest.mark.parametrize("optimizer", ["sgd", pytest.param("muon", marks=pytest.mark.long)])
+def test_lanes_train_as_fit_does(optimizer, tmp_path):
     """Same first weights, batches, views, answers and optimizer: the same students."""
     done = subprocess.run(
-        [python_with("jax"), "-c", ON_JAX, str(tmp_path)], capture_output=True, text=True, cwd=ROOT,
+        [python_with("jax"), "-c", ON_JAX, str(tmp_path), optimizer],
+        capture_output=True, text=True, cwd=ROOT,
         env={**os.environ, "KERAS_BACKEND": "jax", "TF_CPP_MIN_LOG_LEVEL": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
     code = fingerprints.identity_of(lanes)["code"]  # the same with and without JAX at hand
