@@ -285,7 +285,7 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
         usual = float(rate.get((each.dataset, model), 15.0))
-        live = each.loss and features.METHODS[each.loss].where != "logits"
+        live = each.loss and not features.METHODS[each.loss].on_logits
         with_teacher = 2 if live else 1
         halved = 0.5 if each.full_recipe().precision == "bfloat16" else 1
         return usual * with_teacher * halved

@@ -337,6 +337,11 @@ class Method:
     where: str  # "hint", "stages", "before" (their ReLU), "last map", "vector" or "logits"
     parts: tuple = ()  # what make uses, for the digest of its code
 
+    @property
+    def on_logits(self) -> bool:
+        """Whether it takes the place of the soft labels, and asks no teacher for features."""
+        return self.where == "logits"
+
 
 def _method(where: str, weight: float, loss, kind=FeatureLoss, **settings) -> Method:
     if where in ("hint", "stages", "last map") and kind is FeatureLoss:

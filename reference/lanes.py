@@ -5,8 +5,9 @@
 
 The first line trains, where the accelerator is; it needs no TensorFlow. The second measures what
 came back, on any machine, and publishes it. A lane is one seed, or one trial of a weight. All lanes
-take Keras's own training step at once, and an epoch is one call to the device. Convolutions
-compute in bfloat16, everything else in float32. Sums may run in another order the next time, so a
+take Keras's own training step at once, and an epoch is one call to the device. It is compiled once
+for experiments that differ in alpha and weight alone. Convolutions compute in bfloat16, everything
+else in float32. Sums may run in another order the next time, so a
 second training need not give the same bits.
 """
 
@@ -83,14 +84,16 @@ def rounded(model, kind) -> None:
 
 
 class Kind:
-    """What the lanes of an experiment share: the trainer, and its epoch, which is compiled once.
+    """What lanes share: the trainer, and its epoch, which is compiled once.
 
-    teacher: computes in bfloat16, for losses on features.
+    each: one of the experiments that are alike. teacher: computes in bfloat16, for losses on
+    features.
     """
 
     def __init__(self, each, dataset, teacher):
         self.each, self.dataset, self.recipe = each, dataset, each.full_recipe()
-        self.teacher = teacher if each.loss and not _on_logits(each) else None
+        on_features = each.loss and not features.METHODS[each.loss].on_logits
+        self.teacher = teacher if on_features else None
         self.steps = len(dataset.y_train) // self.recipe.batch_size
         kdlib.require(self.steps * self.recipe.batch_size == len(dataset.y_train),
                       f"batch_size is {self.recipe.batch_size}. It has to divide the images.")
@@ -102,11 +105,16 @@ class Kind:
         self.trainer.optimizer._learning_rate = accelerated._Given()
         self.clean = [[np.asarray(v) for v in kept] for kept in (
             self.trainer.optimizer.variables, self.trainer.metrics_variables)]
+        every = *self.trainer.trainable_variables, *self.trainer.non_trainable_variables
+        place = {id(variable): k for k, variable in enumerate(every)}
+        self.places = [[place[id(variable)] for variable in own] for own in (
+            self.student.trainable_variables, self.student.non_trainable_variables,
+            self.student.weights)]
         rounded(self.trainer, _AsProduct)
 
     def made(self, seed: int):
         """The student of a seed, inside of what trains it."""
-        each = replace(self.each, factor=1.0)  # the weight comes with each epoch
+        each = replace(self.each, factor=1.0)  # weight and alpha come with each epoch
         with DRAWING:
             keras.utils.set_random_seed(seed)
             student = (each.build or kdlib.build_student)()
@@ -124,7 +132,7 @@ class Kind:
         return ([np.asarray(v) for v in made.trainable_variables],
                 [np.asarray(v) for v in made.non_trainable_variables], *self.clean)
 
-    def run_epoch(self, state, weight, x, y, codes, answers, order, rates):
+    def run_epoch(self, state, weight, alpha, x, y, codes, answers, order, rates):
         """One epoch of one lane. Returns its state and what Keras logs."""
         def step(state, given):
             index, rate = given
@@ -133,8 +141,8 @@ class Kind:
                 number = [ops.cast(index, "float32")[:, None]] if self.each.loss == "crd" else []
                 seen = seen, ops.concatenate([answers[index], *number], axis=-1)
             self.trainer.optimizer._learning_rate.now = rate
-            if self.each.loss:
-                self.trainer.weight = weight
+            if self.each.distilled:
+                self.trainer._alpha, self.trainer.weight = alpha, weight
             logs, state = self.trainer.train_step(state, (seen, y[index]))
             return state, logs
 
@@ -151,10 +159,10 @@ class Kind:
         state = [[shape(np.asarray(v), LANES) for v in kept] for kept in own]
         answers = np.zeros((len(y), len(self.dataset.class_names)), "float32")
         order = np.zeros((LANES, self.steps, self.recipe.batch_size), "int32")
-        rates, weight = np.zeros(self.steps, "float32"), np.zeros(LANES, "float32")
-        every = jax.vmap(self.run_epoch, in_axes=(0, 0, None, None, None, None, 0, None))
+        rates, number = np.zeros(self.steps, "float32"), np.zeros(LANES, "float32")
+        every = jax.vmap(self.run_epoch, in_axes=(0, 0, 0, None, None, None, None, 0, None))
         return jax.jit(every, donate_argnums=0).lower(
-            tuple(state), weight, x, y, np.zeros((len(y), 3), "int8"),
+            tuple(state), number, number, x, y, np.zeros((len(y), 3), "int8"),
             answers if self.each.distilled else None, order, rates)
 
     def rates(self) -> np.ndarray:
@@ -164,21 +172,14 @@ class Kind:
         return np.reshape(jax.vmap(schedule)(steps), (-1, self.steps)).astype("float32")
 
     def values(self, state) -> list[list]:
-        """The student's trainable variables and its others, of all lanes."""
-        every = *self.trainer.trainable_variables, *self.trainer.non_trainable_variables
-        found = dict(zip(map(id, every), (*state[0], *state[1]), strict=True))
-        return [[found[id(v)] for v in own] for own in (
-            self.student.trainable_variables, self.student.non_trainable_variables)]
-
-    def weights(self, state, lane: int) -> list[np.ndarray]:
-        """A lane's student, as Keras orders its weights."""
-        own = *self.student.trainable_variables, *self.student.non_trainable_variables
-        found = dict(zip(map(id, own), sum(self.values(state), []), strict=True))
-        return [np.asarray(found[id(v)][lane]) for v in self.student.weights]
+        """The student's trainable variables, its others, and its weights in Keras's order."""
+        every = *state[0], *state[1]
+        return [[every[k] for k in own] for own in self.places]
 
 
-def _on_logits(each) -> bool:
-    return features.METHODS[each.loss].where == "logits"
+def alike(each) -> tuple:
+    """Equal for experiments that differ in weight and alpha alone."""
+    return each.distilled, each.temperature, each.build, replace(each, factor=1.0).trainer()
 
 
 @functools.cache
@@ -200,29 +201,33 @@ def _blocks(array, size: int):
 
 
 def train(kind: Kind, epoch: Callable, lanes: list, x, y, codes, answers) -> list[dict]:
-    """Train all lanes, (seed, weight) each. Returns weights and history of each.
+    """Train all lanes, (seed, weight, alpha) each. Returns weights and history of each.
 
     Batches and views are those of recipes.Batches. answers: the teacher's, for each view.
     """
-    state = jax.tree.map(lambda *parts: np.stack(parts), *[kind.first(seed) for seed, _ in lanes])
-    weight, rates = np.array([weight for _, weight in lanes], "float32"), kind.rates()
+    asked = len(lanes)
+    lanes = lanes + lanes[-1:] * (LANES - asked)  # as many as were compiled for
+    seeds, *numbers = zip(*lanes, strict=True)
+    state = jax.tree.map(lambda *parts: np.stack(parts), *map(kind.first, seeds))
+    numbers, rates = np.array(numbers, "float32"), kind.rates()
     judge = _judging(kind.each.build or kdlib.build_student)
-    history = [{} for _ in lanes]
+    history = [{} for _ in range(asked)]
     for k in range(kind.recipe.epochs):
         started, view = time.perf_counter(), k % kind.recipe.views
         order = np.stack([np.random.default_rng([seed, k]).permutation(len(y))
-                          for seed, _ in lanes]).astype("int32")
-        state, logs = epoch(state, weight, x, y, codes[view],
+                          for seed in seeds]).astype("int32")
+        state, logs = epoch(state, *numbers, x, y, codes[view],
                             answers[view] if kind.each.distilled else None,
                             order.reshape(len(lanes), kind.steps, -1), rates[k])
         logs = {key: np.asarray(value) for key, value in logs.items()}
         logs["val_accuracy"] = np.asarray(
-            judge(kind.values(state), kind.dataset.x_val, kind.dataset.y_val))
-        share = (time.perf_counter() - started) / len(set(lanes))  # those that fill up are equal
+            judge(kind.values(state)[:2], kind.dataset.x_val, kind.dataset.y_val))
+        share = (time.perf_counter() - started) / asked
         for lane, one in enumerate(history):
-            for key, values in (logs | {"seconds": np.full(len(lanes), share)}).items():
+            for key, values in (logs | {"seconds": np.full(asked, share)}).items():
                 one.setdefault(key, []).append(round(float(values[lane]), 5))
-    return [{"weights": kind.weights(state, lane), "history": one}
+    weights = [np.asarray(value) for value in kind.values(state)[2]]
+    return [{"weights": [value[lane] for value in weights], "history": one}
             for lane, one in enumerate(history)]
 
 
@@ -276,13 +281,16 @@ class Session:
             kind = Kind(each, self.dataset, self.rounded)
             return kind, compiling.submit(kind.traced(*self.data).compile)
 
-        ready = [tracing.submit(prepare, each) for each in self.experiments]
-        for each, future in zip(self.experiments, ready, strict=True):
+        ready = {}
+        for each in self.experiments:
+            if alike(each) not in ready:
+                ready[alike(each)] = tracing.submit(prepare, each)
+        for each in self.experiments:
             if time.perf_counter() - self.begun > seconds:
                 self.log(f"{each.method} is left out: no time is left")
                 continue
             try:
-                kind, epoch = future.result()
+                kind, epoch = ready[alike(each)].result()
                 self._make(each, kind, epoch.result())
             except Exception as error:  # time on the device is scarce: the others go on
                 self.log(f"{each.method} failed: {error!r}"[:2000])
@@ -303,9 +311,9 @@ class Session:
     def _trained(self, todo: list, kind: Kind, epoch: Callable) -> list[dict]:
         """Train what is to be done, (experiment, seed) each, and write it."""
         kdlib.require(len(todo) <= LANES, f"{len(todo)} runs at once, but LANES is {LANES}.")
-        lanes = [(seed, each.trainer().weight if each.loss else 1.0) for each, seed in todo]
-        filled = lanes + lanes[-1:] * (LANES - len(lanes))
-        found = train(kind, epoch, filled, *self.data, self.codes, self.answers)[:len(todo)]
+        lanes = [(seed, each.trainer().weight if each.loss else 1.0, each.alpha)
+                 for each, seed in todo]
+        found = train(kind, epoch, lanes, *self.data, self.codes, self.answers)
         for one, (each, seed) in zip(found, todo, strict=True):
             write(self.folder, one, terms(each, seed, self.digest, self.teacher))
         accuracies = " ".join(f"{100 * _worth(one['history']):.2f}" for one in found)

@@ -297,7 +297,7 @@ def _methods() -> list[Experiment]:
     """
     one, short = "teacher-seed0", dict(recipe=FIVE, engine="lanes")
     variants = [(loss, alpha) for loss, method in features.METHODS.items()
-                for alpha in ((1.0,) if method.where == "logits" else (1.0, 0.1))]
+                for alpha in ((1.0,) if method.on_logits else (1.0, 0.1))]
     table = [Experiment("scratch-5-epochs-lanes", PAIRS, **short),
              Experiment("distilled-5-epochs-lanes", PAIRS, teacher=one, **short)]
     table += [_trial(*variant, factor) for variant in variants for factor in FACTORS]
@@ -308,7 +308,7 @@ def _methods() -> list[Experiment]:
         table += [each, replace(each, method=f"distilled-3-epochs-{name}", dataset="digits",
                                 seeds=(0,), factor=1.0, recipe={"epochs": 3}, engine=None)]
     for loss, alpha in variants:
-        if loss not in TAUGHT or alpha == 1 and features.METHODS[loss].where != "logits":
+        if loss not in TAUGHT or alpha == 1 and not features.METHODS[loss].on_logits:
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
         each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, recipe=HALF)

@@ -553,7 +553,7 @@ def step_costs(*, logits):
     """Time of a step over plain distillation's, of the methods that compare logits, or others."""
     return pd.Series({name: benchmark(f"{name}_over_distilling_step").value
                       for name, method in features.METHODS.items()
-                      if (method.where == "logits") == logits})
+                      if method.on_logits == logits})
 
 
 def asking():
