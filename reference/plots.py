@@ -101,8 +101,9 @@ def soft_labels(image, logits, label: int, class_names, temperatures, *, axes, n
     for ax in axes[1:]:
         ax.set(ylim=(0, 1), xticks=classes)
         ax.set_xticklabels(class_names if names else [], rotation=90, fontsize=7)
-        ax.tick_params(axis="y", labelsize=7)
+        ax.tick_params(axis="y", labelsize=7, labelleft=ax is axes[1])
         sns.despine(ax=ax)
+    axes[1].set_ylabel("probability", fontsize=8)
 
 
 def temperature_slider(logits, label: int, class_names) -> HTML:

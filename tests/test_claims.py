@@ -8,8 +8,7 @@ import scipy.stats
 from claims import BEST, CLAIMS, CONTROLS, LENGTHS, NOT_MEASURED, SHARES, TABLE, alone, behind_j
 from claims import common_family, few_labels_gain, floored, gained_j, gains, limits_of_best, of_few
 from claims import of_length, over_longer, over_scratch, page, part_c, part_f, part_j, points
-from claims import slope
-from claims import teachers_lead
+from claims import reach_in_blocks, reach_of_few, slope, steps_of_c, teachers_lead, with_images
 from conftest import CIFAR10, ROOT
 
 
@@ -100,6 +99,14 @@ def test_the_table_of_part_c_is_that_of_the_rows():
     on_val = part_c(part="val").sub(part_c(part="val").scratch, axis=0)[CONTROLS].mean()
     assert f"(by {-on_val.max():.2f} to {-on_val.min():.2f} points)" in text
     assert f"teacher lies below it by {-over_scratch().gain['distilled-twin']:.2f}." in text
+    text = text.replace("\n", " ")
+    if CIFAR10.exists():
+        for arm in CONTROLS:
+            low, high = with_images(arm)
+            assert f"{low:.2f} to {high:.2f} ({arm.removeprefix('distilled-')})" in text
+    test, val = (steps_of_c(part).loc["sure"] for part in ("test", "val"))
+    assert (f"rises by {test.gain:.2f} on test ({test.low:.2f} to {test.high:.2f}) and by "
+            f"{val.gain:.2f} on validation ({val.low:.2f} to {val.high:.2f})") in text
 
 
 def test_the_table_of_part_e_is_that_of_the_rows():
@@ -122,6 +129,9 @@ def test_the_table_of_part_e_is_that_of_the_rows():
     assert f"took {made.seconds.sum() / 3600:.1f} hours (column seconds)" in text
     on_val = "{:.2f}, {:.2f} to {:.2f}".format(*slope(column="val_accuracy"))
     assert f"On validation it is {on_val}" in text
+    early, late = ("{:.2f}, {:.2f} to {:.2f}".format(*slope(each))
+                   for each in ((5, 10, 20), (20, 40, 100)))
+    assert f"the slope is {early}, and from 20 to 100 it is {late}" in text
 
 
 def test_the_table_of_part_f_is_that_of_the_rows():
@@ -146,6 +156,9 @@ def test_the_table_of_part_f_is_that_of_the_rows():
     for other, words in (("scratch", "On validation they are"), ("patient", "the steps")):
         each = [f"{val[f'{share} own'] - val[f'{share} {other}']:.2f}" for share in SHARES]
         assert f"{words} {', '.join(each[:3])} and {each[3]}" in text
+    assert (f"blocks, half of the interval would be {reach_in_blocks():.2f} points instead of "
+            f"{reach_of_few():.2f}, and no verdict") in text
+    assert [abs(gain) > reach_in_blocks() for gain in known.gain] == (known.holm < 0.05).tolist()
 
 
 def test_the_table_of_part_h_is_that_of_the_rows():
@@ -175,8 +188,10 @@ def test_the_table_of_part_j_is_that_of_the_rows():
         assert f"| {' | '.join(row)} |" in text
     assert part_j().shape == (3, 9) and part_j().notna().all(axis=None)
     family = common_family()
-    assert (f"interaction is {family.gain:.2f} points, {family.low:.2f} to {family.high:.2f}. So a "
-            f"common family adds at most {family.high:.2f}") in text.replace("\n", " ")
+    text = text.replace("\n", " ")
+    assert (f"interaction is {family.gain:.2f} points, {family.low:.2f} to {family.high:.2f}. So "
+            "with these two teachers and two students, a common family adds at most "
+            f"{family.high:.2f}") in text
     residual, vgg = points("teacher-residual")[0], points("teacher")[0]
     assert f"{residual:.2f}, the VGG-like one {vgg:.2f}" in text
     made = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(

@@ -78,7 +78,7 @@ NOT_DONE = {  # what a notebook holds when nothing was changed in it
     "03": {"TEMPERATURES": (1, 2, 4)},
     "04": {"run": SimpleNamespace(row={"method": "distilled", "alpha": 0.1})},
     "05": {"pairs": {"scratch": [0.88, 0.89]}, "rows": {"nll": [0.35, 0.36]}},
-    "06": {"grid": pd.DataFrame({1.0: [85.0], 0.1: [85.6]}), "np": np},
+    "06": {"other": pd.DataFrame({0.5: [85.0], 0.1: [85.6]})},
     "08": {"estimate": lambda gains: (gains.mean() - 0.7, gains.mean() + 0.7, 0.1), "np": np},
     "07": {"batch": np.zeros(50), "dataset": SimpleNamespace(x_train=np.ones(99), y_train=[1] * 99),
            "np": np},
@@ -247,7 +247,8 @@ def test_05_2_the_pairs_by_nll(do):
     digits = TABLE[(TABLE.dataset == "digits") & TABLE.method.isin(["scratch", "distilled"])]
     nll = digits.pivot(index="seed", columns="method", values="nll")
     assert (nll.distilled < nll.scratch).all()
-    do("05", {'values="test_accuracy")': 'values="nll")'}, until='values="test_accuracy")',
+    line = 'COLUMN, FACTOR, LABEL = "test_accuracy", 100, "test accuracy (%)"'
+    do("05", {line: 'COLUMN, FACTOR, LABEL = "nll", 1, "nll"'}, until=line,
        check="assert len(pairs) == 6 and (pairs[list(METHODS)] > 0).all().all()")
 
 
@@ -280,8 +281,8 @@ def test_06_1_logits_twice_as_large():
 @pytest.mark.skipif(not CIFAR10.exists(), reason="no cifar10.npz in KD_DATA_DIR")
 @pytest.mark.slow
 def test_06_2_a_map_of_the_calibration_error(do):
-    do("06", {'values="val_accuracy")': 'values="ece")'}, until='values="val_accuracy")',
-       check="assert grid.drop(columns=1.0).max().max() < 10", KD_DATASET="cifar10")
+    do("06", {'COLUMN = "agreement"': 'COLUMN = "ece"'}, until='COLUMN = "agreement"',
+       check="assert other.max().max() < 10", KD_DATASET="cifar10")
     map_ = TABLE[(TABLE.dataset == "cifar10") & (TABLE.method == "distilled-5-epochs")
                  & (TABLE.seed == 0)].set_index(["temperature", "alpha"]).ece
     assert map_[1.0].max() < 0.03 and 0.05 < map_[16.0, 0.0] < 0.07
