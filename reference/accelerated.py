@@ -28,7 +28,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from reference import networks
+from reference import networks, store
 from reference.recipes import Recipe, make_optimizer
 
 # As published, but batches that fill an accelerator, a rate that grows with their root, and
@@ -273,15 +273,15 @@ def write(folder: Path, done: list[Trained], jax) -> None:
         half = int(np.searchsorted(sizes, sizes[-1] / 2))
         np.savez(folder / "teacher-0.npz", *teacher[:half])
         np.savez(folder / "teacher-1.npz", *teacher[half:])
-    np.savez(folder / "students.npz", **{f"{each.name}-seed{each.seed}/{k:03d}": value
-                                         for each in done[1:]
-                                         for k, value in enumerate(each.weights)})
+    students = {f"{each.name}-seed{each.seed}/{k:03d}": value
+                for each in done[1:] for k, value in enumerate(each.weights)}
+    store.write_whole(folder / "students.npz", lambda aside: np.savez(aside, **students))
     notes = {"machine": jax.devices()[0].device_kind,
              "versions": f"jax {jax.__version__}, keras {keras.__version__}, "
                          f"numpy {np.__version__}",
              "runs": [{"name": each.name, "seed": each.seed, "epochs": each.epochs,
                        "history": each.history} for each in done]}
-    (folder / "notes.json").write_text(json.dumps(notes))
+    store.write_whole(folder / "notes.json", lambda aside: aside.write_text(json.dumps(notes)))
 
 
 # --- publishing -----------------------------------------------------------------------

@@ -108,13 +108,13 @@ class Job:
 
 def plan(stems) -> dict[str, Job]:
     """All jobs behind these runs: their teachers first, then the answers, then themselves."""
-    maker, jobs = experiments.Maker(), {}
+    jobs = {}
 
     def add(stem):
         if stem in jobs:
             return
         each, seed = experiments.run_of(stem)
-        found = [maker.find(each.dataset, name) for name in each.teachers(seed)]
+        found = [experiments.run_of(f"{each.dataset}-{name}") for name in each.teachers(seed)]
         teachers = tuple(teacher.stem(number) for teacher, number in found)
         trials = tuple(trial.stem(100) for trial in each.trials()
                        if experiments.notes_of(trial, 100) is None)

@@ -24,9 +24,10 @@ PLAIN = bool, int, float, complex, str, bytes, type(None)
 
 
 def text(value) -> str:
-    """JSON with sorted keys: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, default=lambda each: re.sub(
-        " at 0x[0-9a-f]+", "", str(each)))  # its address is another in each process
+    """JSON with sorted keys: equal values give equal text, NumPy's numbers like Python's."""
+    return json.dumps(value, sort_keys=True, default=lambda each: (
+        each.item() if isinstance(each, np.number | np.bool_) else
+        re.sub(" at 0x[0-9a-f]+", "", str(each))))  # its address is another in each process
 
 
 def digest(*parts) -> str:

@@ -41,17 +41,8 @@ ENGINES = {"accelerated": accelerated, "lanes": lanes}  # what trains on an acce
 class Maker:
     """Trains or loads what the table describes; datasets are loaded once."""
 
-    def __init__(self, experiments=None):
-        self.experiments = EXPERIMENTS if experiments is None else experiments
+    def __init__(self):
         self.data = functools.cache(kdlib.load_dataset)
-
-    def find(self, dataset: str, name: str) -> tuple[Experiment, int]:
-        """The experiment and seed behind a run's name, as ``teacher-seed0``."""
-        method, _, seed = name.rpartition("-seed")
-        for each in self.experiments:
-            if (each.dataset, each.method) == (dataset, method) and int(seed) in each.seeds:
-                return each, int(seed)
-        raise ValueError(f"no experiment makes the run {name!r} of {dataset}")
 
     def teacher(self, each: Experiment, seed: int, **more):
         """The model that teaches a run, made of several if its signal says so."""
@@ -59,7 +50,7 @@ class Maker:
             return None
         teachers = []
         for name in each.teachers(seed):
-            found = self.find(each.dataset, name)
+            found = run_of(f"{each.dataset}-{name}")
             teachers.append(self.make(*found, **more).model)
             _check_published(*found, teachers[-1])
         return SIGNALS[each.signal](*teachers) if each.signal else teachers[0]
@@ -109,6 +100,8 @@ def notes_of(each: Experiment, seed: int) -> dict | None:
 
 def _fits(notes: dict, each: Experiment, seed: int) -> bool:
     """Whether they are of these settings, this code and this teacher."""
+    if any(notes_of(trial, 100) is None for trial in each.trials()):
+        return False  # nobody knows which weight it has to have
     wanted = {"precision": None, **each.full_recipe().settings(), "code": runs.CODE,
               "trainer": _trainer(each)}
     found = {key: notes["spec"].get(key) for key in wanted}
@@ -161,9 +154,7 @@ def _digest_of_teacher(each: Experiment, seed: int) -> str | None:
 @functools.cache
 def _digest_of_several(signal: str, names: tuple, digests: tuple) -> str:
     """Asked for each seed, so kept; digests tell when a teacher was made again."""
-    models = [keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
-              for name in names]
-    return fingerprints.model_digest(SIGNALS[signal](*models))
+    return fingerprints.model_digest(SIGNALS[signal](*map(runs.published, names)))
 
 
 def missing(experiments) -> list[tuple[Experiment, int]]:
@@ -175,7 +166,7 @@ def missing(experiments) -> list[tuple[Experiment, int]]:
 def to_make(experiments) -> list[tuple[Experiment, int]]:
     """What is missing of these and can be made here, each after the teachers and trials that it
     needs."""
-    maker, found = Maker(), []
+    found = []
 
     def add(each, seed):
         if each.engine or (each, seed) in found or notes_of(each, seed) is not None:
@@ -183,7 +174,7 @@ def to_make(experiments) -> list[tuple[Experiment, int]]:
         if any(trial.engine and notes_of(trial, 100) is None for trial in each.trials()):
             return  # they come from elsewhere
         for name in each.teachers(seed):
-            add(*maker.find(each.dataset, name))
+            add(*run_of(f"{each.dataset}-{name}"))
         for trial in each.trials():
             add(trial, 100)
         found.append((each, seed))
@@ -198,11 +189,13 @@ def publish(run: runs.Run, each: Experiment) -> None:
     name, notes = each.stem(run.row["seed"]), store.read_notes(run.folder / "model.json")
     if each.choice:
         notes["row"] |= dict.fromkeys(("test_accuracy", "nll", "ece", "agreement"))
+    weights = runs.REFERENCE / "weights" / f"{name}.keras"
     with _publishing(name, notes, each):
         if each.weights:
             content = (run.folder / "model.keras").read_bytes()
-            store.write_whole(runs.REFERENCE / "weights" / f"{name}.keras",
-                              lambda aside: aside.write_bytes(content))
+            store.write_whole(weights, lambda aside: aside.write_bytes(content))
+        else:  # perhaps it had some before
+            weights.unlink(missing_ok=True)
         if not each.choice:
             _keep_answers(name, each, dict(np.load(run.folder / "answers.npz")))
 
@@ -278,8 +271,9 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
 
 
 def seconds_per_epoch() -> Callable[[Experiment], float]:
-    """From the rows that there are: the median of a model and dataset, else a guess."""
+    """From the rows made on processors: the median of a model and dataset, else a guess."""
     table = pd.read_csv(runs.REFERENCE / "results.csv")
+    table = table[~table.method.isin([each.method for each in EXPERIMENTS if each.engine])]
     rate = (table.seconds / table.epochs).groupby([table.dataset, table.model]).median()
 
     def estimate(each: Experiment) -> float:
@@ -345,18 +339,22 @@ def main(arguments=None) -> None:
         list_experiments(chosen)
         return
     from reference import cluster  # it needs this file
-    cluster.limit_threads(options.cores if not options.workers else None)
+    if options.workers is None:
+        cluster.limit_threads(options.cores)
+    else:
+        cluster.needed("ray", "--workers")
     write_table()  # a kill may have come between the last notes and it
     estimate, todo, maker = seconds_per_epoch(), to_make(chosen), Maker()
     total = sum(estimate(each) * each.full_recipe().epochs for each, _ in todo)
     with tqdm(total=total, unit="s", unit_scale=True, smoothing=0.05) as bar:
-        if options.workers is not None:
-            cluster.make([each.stem(seed) for each, seed in todo], workers=options.workers,
-                         cores=options.cores or 1, address=options.address, bar=bar,
-                         publish=publish)
-            return
         made = []  # a teacher that is made anew makes its students missing, so look again
         while todo := [pair for pair in to_make(chosen) if pair not in made]:
+            if options.workers is not None:
+                made += todo
+                cluster.make([each.stem(seed) for each, seed in todo], workers=options.workers,
+                             cores=options.cores or 1, address=options.address, bar=bar,
+                             publish=publish)
+                continue
             each, seed = todo[0]
             made.append(todo[0])
             progress = Progress(bar, each.stem(seed), estimate(each))

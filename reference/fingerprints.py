@@ -58,8 +58,6 @@ def _config(layer, number: dict):
 
 def _numbered(value, number: dict, named: bool = False):
     if isinstance(value, dict):
-        if value.get("class_name") == "DTypePolicy":  # its name is no layer's
-            return value
         if value.get("class_name") == "__lambda__":  # its code comes apart: the config holds the
             return None                              # number of its line, too
         return {key: [None, *part[1:]] if key.endswith(SHAPES) and isinstance(part, list) else

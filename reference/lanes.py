@@ -325,8 +325,7 @@ class Session:
 def _published(name: str):
     from reference import runs
 
-    path = runs.REFERENCE / "weights" / f"cifar10-{name}.keras"
-    return keras.saving.load_model(path, compile=False)
+    return runs.published(f"cifar10-{name}")
 
 
 def _worth(history: dict) -> float:
@@ -337,7 +336,11 @@ def _worth(history: dict) -> float:
 
 def terms(each, seed: int, data: str, teacher) -> dict:
     """What has to be the same where a run is trained and where it is published."""
-    return {"name": each.method, "seed": seed, "data": data, "temperature": each.temperature,
+    from reference import lanes, runs  # by its name, also where this file is the program
+
+    code = lanes, *([each.trainer()] if each.loss else [])
+    return {"code": [runs.CODE, *(fingerprints.identity_of(part)["code"] for part in code)],
+            "name": each.method, "seed": seed, "data": data, "temperature": each.temperature,
             "alpha": each.alpha, "recipe": each.full_recipe().settings(),
             "weight": each.trainer().weight if each.loss else None,
             "teacher": digests.digest(*teacher.get_weights()) if each.distilled else None}
@@ -421,6 +424,8 @@ def main() -> None:
     if options.publish:
         publish(options.out)
         return
+    if not options.name:
+        parser.error("name is missing: which experiments of plan.py?")
     log = functools.partial(print, flush=True)
     Session(options.out, chosen(options.name), log=log)(options.seconds)
 

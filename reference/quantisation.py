@@ -243,13 +243,9 @@ def measure(arm: Arm, student, dataset, *, answers, recipe, seed: int) -> dict:
 # --- the command ----------------------------------------------------------------------
 
 
-def published(name: str):
-    return keras.saving.load_model(runs.REFERENCE / "weights" / f"{name}.keras", compile=False)
-
-
 def begins_with(dataset: str, seed: int):
     """The published student that a row begins with; rates are tried on another one."""
-    return published(f"{dataset}-{BEGINS}-seed{3 if seed >= 100 else seed}")
+    return runs.published(f"{dataset}-{BEGINS}-seed{3 if seed >= 100 else seed}")
 
 
 def known_by(student) -> str:
@@ -259,10 +255,10 @@ def known_by(student) -> str:
 
 def missing(table, recipes_and_arms, dataset: str, students: dict[int, str]) -> list[tuple]:
     """The arms that the table lacks; students: seed and what its student is known by."""
-    keys = ["dataset", "method", "bits", "student", "seed", "epochs", "learning_rate"]
+    keys = ["dataset", "method", "bits", "student", "seed", "alpha", "epochs", "learning_rate"]
     done = {tuple(row) for row in table[keys].fillna(0).itertuples(index=False)}
     return [(arm, recipe, seed) for seed in students for arm, recipe in recipes_and_arms
-            if (dataset, arm.method, arm.bits, students[seed], seed, *(
+            if (dataset, arm.method, arm.bits, students[seed], seed, arm.alpha or 0, *(
                 (0, 0) if arm.alpha is None else (recipe.epochs, recipe.learning_rate)))
             not in done]
 
@@ -291,7 +287,7 @@ def main(arguments=None) -> None:
             print(f"{dataset.name} {arm.method} bits {arm.bits} seed {seed} "
                   f"rate {recipe.learning_rate if arm.alpha is not None else None}")
         return
-    answers = runs.teacher_answers(published(f"{dataset.name}-teacher-seed0"), dataset,
+    answers = runs.teacher_answers(runs.published(f"{dataset.name}-teacher-seed0"), dataset,
                                    arms[0][1])
     rows = table.to_dict("records")
     for arm, recipe, seed in tqdm(todo, unit="row"):

@@ -33,7 +33,8 @@ for method in ("scratch", "distilled"):
         with suppress(RuntimeError):  # a processor without bfloat16
             model = runs.train_or_load(method, data, teacher=teacher, recipe=recipe).model
             print(method, precision, fingerprints.digest(*model.get_weights()))
-print(json.dumps([*map(fingerprints.answers_digest, controls.CONTROLS.values())]))
+print(json.dumps({name: fingerprints.answers_digest(each)
+                  for name, each in controls.CONTROLS.items()}))
 print(runs.CODE)
 """
 
@@ -59,7 +60,8 @@ def restamp(commit: str = "HEAD") -> int:
     require(old == new, f"today's code gives other numbers than that of {commit}. Make the runs "
             "again.")
     with experiments._alone():
-        return _write_digests({code}, dict(zip(json.loads(was), json.loads(now), strict=True)))
+        was, now = json.loads(was), json.loads(now)
+        return _write_digests({code}, {was[name]: now[name] for name in was.keys() & now.keys()})
 
 
 def _trained(tree: Path, folder: Path) -> list[str]:

@@ -22,11 +22,10 @@ class Keeper(keras.callbacks.Callback):
     the last two are kept, in turn.
     """
 
-    def __init__(self, folder: Path, spec: dict):
+    def __init__(self, folder: Path):
         super().__init__()
         self.folder, self.epoch, self.history = folder, 0, {}
-        self.meta = {"spec": json.loads(digests.text(spec)),
-                     "libraries": fingerprints.libraries()}
+        self.libraries = fingerprints.libraries()
         self.machines = [fingerprints.machine()]
 
     def restore(self, trainer) -> None:
@@ -36,9 +35,9 @@ class Keeper(keras.callbacks.Callback):
         if not states:
             return
         meta, values = max(states, key=lambda state: state[0]["epoch"])
-        if meta["libraries"] != self.meta["libraries"]:
+        if meta["libraries"] != self.libraries:
             raise RuntimeError(f"the run {self.folder.name} was begun with other libraries ("
-                               f"{meta['libraries']}, now {self.meta['libraries']}). Delete its "
+                               f"{meta['libraries']}, now {self.libraries}). Delete its "
                                "folder to begin anew, or go back to those.")
         if meta["machines"][-1] != self.machines[0]:
             warnings.warn(f"the run {self.folder.name} was begun on {meta['machines'][-1]} and "
@@ -76,11 +75,16 @@ class Keeper(keras.callbacks.Callback):
         self._save()
 
     def _save(self) -> None:
-        meta = digests.text({**self.meta, "machines": self.machines, "epoch": self.epoch,
-                     "history": self.history})
-        values = {f"v{k}": np.asarray(v) for k, v in enumerate(_state_of(self.model))}
+        meta = digests.text({"libraries": self.libraries, "machines": self.machines,
+                             "epoch": self.epoch, "history": self.history})
+        values = {f"v{k}": _plain(np.asarray(v)) for k, v in enumerate(_state_of(self.model))}
         store.write_whole(self.folder / f"state-{self.epoch % 2}.npz",
-                    lambda aside: np.savez(aside, meta=np.array(meta), **values))
+                          lambda aside: np.savez(aside, meta=np.array(meta), **values))
+
+
+def _plain(array: np.ndarray) -> np.ndarray:
+    """In a type that NumPy can read back: bfloat16 goes into float32 and back without loss."""
+    return array.astype("float32") if array.dtype.kind == "V" else array
 
 
 def _state_of(trainer) -> list:

@@ -172,7 +172,7 @@ class Task:
         trainer, validation, answers = self._trainer()
         recipes.compile_for(trainer, self.recipe, self.dataset, distilled=self.distilled,
                             last_layer=self.model.layers[-1].name)
-        keeper = resume.Keeper(self.folder, self.spec)
+        keeper = resume.Keeper(self.folder)
         keeper.restore(trainer)
         bar = [] if callbacks else [TqdmCallback(verbose=0, desc=self.spec["method"], leave=False)]
         try:
@@ -307,12 +307,18 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
         return None
     row = {key: found["row"][key] for key in RESULT_COLUMNS}
     if row["versions"] != fingerprints.libraries():
+        again = "KD_RETRAIN=1" if notes.parent.name == "rows" else "Without its folder"
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is "
-                      f"{fingerprints.libraries()}. KD_RETRAIN=1 trains it anew.", stacklevel=5)
+                      f"{fingerprints.libraries()}. {again} it is trained anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
     if fingerprints.model_digest(task.teacher) != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
     return Run(model, found["history"], row, logits, notes.parent)
+
+
+def published(name: str) -> keras.Model:
+    """The published model of this name, as "cifar10-teacher-seed0"."""
+    return keras.saving.load_model(REFERENCE / "weights" / f"{name}.keras", compile=False)
 
 
 def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]:

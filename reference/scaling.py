@@ -118,13 +118,12 @@ def errors(logits):
 
 def measure() -> list[tuple]:
     digits = kdlib.load_dataset("digits")
-    weights = runs.REFERENCE / "weights"
-    rows = list(costs(digits, keras.saving.load_model(weights / "digits-teacher-seed0.keras")))
+    rows = list(costs(digits, runs.published("digits-teacher-seed0")))
     try:
         judged = kdlib.load_dataset("cifar10")
     except FileNotFoundError:
         judged = digits
-    teacher = keras.saving.load_model(weights / f"{judged.name}-teacher-seed0.keras")
+    teacher = runs.published(f"{judged.name}-teacher-seed0")
     answers = runs.predict_logits(teacher, judged.x_val)
     return rows + [(f"{judged.name}: {figure}", *rest) for figure, *rest in errors(answers)]
 

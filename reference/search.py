@@ -94,7 +94,7 @@ def train(search: Search, number: int, temperature: float, alpha: float, *, sign
     trial = optuna.trial.Trial(study, study.trials[number]._trial_id)
     trial.set_user_attr("machine", fingerprints.machine())  # a worker's threads, not the driver's
     maker = cluster._maker()
-    teacher = maker.make(*maker.find(search.dataset, "teacher-seed0"))
+    teacher = maker.make(*cluster.experiments.run_of(f"{search.dataset}-teacher-seed0"))
     label = "" if search.epochs is None else f"-{search.recipe.epochs}-epochs"
     try:
         run = runs.train_or_load(
@@ -181,7 +181,7 @@ def table(search: Search) -> pd.DataFrame:
     rows = [{"dataset": search.dataset, "trial": t.number, **t.params,
              "state": t.state.name.lower(),
              "epochs_done": 0 if t.last_step is None else t.last_step + 1,
-             "epochs": search.recipe.epochs, "machine": t.user_attrs["machine"],
+             "epochs": search.recipe.epochs, "machine": t.user_attrs.get("machine"),
              "val_accuracy": t.value if t.value is not None else
              max(t.intermediate_values.items(), default=(0, np.nan))[1]}
             for t in search.study().trials if t.state.is_finished()]

@@ -54,8 +54,9 @@ def export(model, path, *, kind: str = "float32", class_names, calibration=None)
     calibration: training images, uint8 (N, H, W, C). Returns the path. Raises ValueError; warns
     of calibration images that would give pixels another scale.
     """
-    path = Path(path)
-    kdlib.check_model("model", model)
+    path, classes = Path(path), kdlib.check_model("model", model)
+    require(classes in (None, len(class_names)), f"class_names are {len(class_names)}, but the "
+            f"model has {classes} classes.")
     require(kind in LITERT, f"kind is {kind!r}. Choose one of {', '.join(LITERT)}.")
     require(path.suffix == ".tflite", f"path is {path.name!r}. LiteRT files end with .tflite.")
     inputs = kdlib._inputs(model)
@@ -317,7 +318,7 @@ def measure(names, *, machine: str, images: int | None = None, bursts: int = 30,
             dataset = kdlib.load_dataset(name.partition("-")[0])
             x, y = dataset.x_test[:images], dataset.y_test[:images]
             weights = runs.REFERENCE / "weights" / f"{name}.keras"
-            model = keras.saving.load_model(weights, compile=False)
+            model = runs.published(name)
             want = runs.predict_logits(model, x)
             shipped = formats(model, weights, Path(folder), dataset)
             for kind, (runtime, path, run) in shipped.items():
@@ -347,6 +348,9 @@ def main(arguments=None) -> None:
     parser.add_argument("name", nargs="*", default=MODELS, help="stems of reference/weights")
     parser.add_argument("--out", type=Path, default=runs.REFERENCE / "shipping.csv")
     options = parser.parse_args(arguments)
+    if [*options.name] != [*MODELS] and options.out == parser.get_default("out"):
+        parser.error(f"name is {' '.join(options.name)}. shipping.csv compares what was measured "
+                     "in one run: give all, or another file with --out")
     for name in options.name:
         if not (runs.REFERENCE / "weights" / f"{name}.keras").exists():
             parser.error(f"{name!r} is not in reference/weights")

@@ -93,8 +93,14 @@ def kept_notes(path: Path) -> dict | None:
 
 
 def read_notes(path: Path) -> dict:
-    """Notes as they were written. Raises ValueError if somebody changed them."""
-    notes = json.loads(path.read_text())
-    if notes.pop("seal") != digest(notes):
-        raise ValueError("its notes were changed after they were written")
+    """Notes as they were written. Raises ValueError if they are damaged, or somebody changed them.
+    """
+    try:
+        notes = json.loads(path.read_text())
+        sound = notes.pop("seal") == digest(notes)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} holds no whole notes ({error!r}). Fetch it again, or make the "
+                         "run again") from None
+    if not sound:
+        raise ValueError(f"{path}: its notes were changed after they were written")
     return notes

@@ -1,7 +1,7 @@
 """experiments and plan: how rows are made and published, and what is published now."""
 
 from reference import controls, digests, experiments, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
-from reference import networks, plan, restamp, runs, store  # isort: skip
+from reference import cluster, networks, plan, restamp, runs, store  # isort: skip
 import functools
 import re
 from dataclasses import replace
@@ -86,6 +86,34 @@ def test_a_teacher_made_anew_makes_its_students_anew_in_the_same_call(make):
     assert judges[0] != judges[1]
 
 
+def test_workers_look_again_as_one_process_does(make, monkeypatch):
+    """A teacher made anew makes its students missing."""
+    first, second = plan.Experiment("teacher", **SHORT), plan.Experiment("scratch", **SHORT)
+    found, asked = iter([[(first, 0)], [(first, 0)], [(second, 0)], []]), []
+    monkeypatch.setattr(experiments, "to_make", lambda chosen: next(found))
+    monkeypatch.setattr(cluster, "needed", mock.Mock())
+    monkeypatch.setattr(cluster, "make", lambda stems, **settings: asked.append(stems))
+    experiments.main(["--workers", "2"])
+    assert asked == [["digits-teacher-seed0"], ["digits-scratch-seed0"]]
+
+
+def test_a_row_whose_trials_are_gone_is_missing(make):
+    each = plan.Experiment("distilled-at", loss="at", teacher="teacher-seed0", **SHORT)
+    store.write_notes(runs.REFERENCE / "rows" / f"{each.stem(0)}.json", {
+        "control": experiments._control(each)})
+    assert experiments.missing([each]) == [(each, 0)]
+
+
+@pytest.mark.slow
+def test_weights_go_with_the_row_that_had_them(make):
+    each = plan.Experiment("scratch", weights=True, **SHORT)
+    make(each)
+    (path,) = (runs.REFERENCE / "weights").iterdir()
+    (runs.REFERENCE / "rows" / "digits-scratch-seed0.json").unlink()
+    make(replace(each, weights=False))
+    assert not path.exists()
+
+
 @pytest.mark.slow
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(make, capsys):
     table = (plan.Experiment("scratch-wild", **SHORT | {"recipe": WILD}),
@@ -120,7 +148,7 @@ def test_an_interrupt_while_publishing_leaves_nothing_half(make, monkeypatch):
 
         (runs.REFERENCE / "rows" / "digits-scratch-seed0.json").unlink()
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            run = experiments.Maker([each]).make(each, 0)
+            run = experiments.Maker().make(each, 0)
             patch.setattr(store, "write_whole", interrupted)
             experiments.publish(run, each)
         assert (experiments.notes_of(each, 0) is None) == (last < 3)
@@ -184,14 +212,28 @@ def test_only_notes_of_proven_code_get_todays_digest(monkeypatch, tmp_path):
 
 
 def test_code_that_trains_otherwise_stamps_nothing(monkeypatch):
-    trained = iter((["scratch a", "distilled b", "[]", "old code"],
-                    ["scratch a", "distilled c", "[]", "new"]))
-    monkeypatch.setattr(restamp, "_trained", lambda *where: next(trained))
+    before_and_now(monkeypatch, ["scratch a", "distilled b", "{}", "old code"],
+                   ["scratch a", "distilled c", "{}", "new"])
     monkeypatch.setattr(restamp, "_write_digests", lambda *_: pytest.fail("stamped"))
-    monkeypatch.setattr(restamp, "subprocess", mock.Mock())
-    monkeypatch.setattr(restamp, "tarfile", mock.MagicMock())
     with pytest.raises(ValueError, match="other numbers than that of HEAD"):
         restamp.restamp()
+
+
+def test_controls_are_found_again_by_their_names(monkeypatch):
+    """Whatever their order, and whether one of them is new."""
+    before_and_now(monkeypatch, ["a", '{"smoothed": "s", "evened": "e"}', "old code"],
+                   ["a", '{"new": "n", "evened": "e2", "smoothed": "s2"}', "new"])
+    stamped = mock.Mock()
+    monkeypatch.setattr(restamp, "_write_digests", stamped)
+    restamp.restamp()
+    stamped.assert_called_once_with({"old code"}, {"s": "s2", "e": "e2"})
+
+
+def before_and_now(monkeypatch, *printed):
+    trained = iter(printed)
+    monkeypatch.setattr(restamp, "_trained", lambda *where: list(next(trained)))
+    monkeypatch.setattr(restamp, "subprocess", mock.Mock())
+    monkeypatch.setattr(restamp, "tarfile", mock.MagicMock())
 
 
 def test_one_process_publishes_at_a_time(monkeypatch, tmp_path):

@@ -18,9 +18,6 @@ class Fake:
         monkeypatch.setattr(search.runs, "train_or_load", self)
         monkeypatch.setattr(search.cluster, "_maker", lambda: self)
 
-    def find(self, *name):
-        return name
-
     def make(self, *name):
         return None
 
@@ -115,6 +112,8 @@ def test_a_trial_that_was_cut_off_at_once_does_not_stop_the_search(monkeypatch):
     search.Search().study().ask()
     study = search.run(search.Search(), trials=2)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
+    table = search.table(search.Search())
+    assert table.state.tolist() == ["fail", "complete"] and table.machine[0] is None
 
 
 def test_a_database_is_a_url(monkeypatch, tmp_path):

@@ -40,7 +40,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def student():
-    return quantisation.published("digits-distilled-seed0")
+    return runs.published("digits-distilled-seed0")
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,7 @@ def two_inputs():
 @pytest.mark.parametrize("settings, words", [
     (dict(kind="int4"), "kind is 'int4'. Choose one of float32"),
     (dict(kind="int8"), "calibration is missing"),
+    (dict(class_names=["cat", "dog"]), "class_names are 2, but the model has 10 classes"),
     (dict(kind="int8", calibration=np.zeros((1, 28, 28, 3), "uint8")), r"\(1, 28, 28, 3\)"),
     (dict(path="student.onnx"), "'student.onnx'. LiteRT files end with .tflite"),
     (dict(model=two_inputs), "student, not the distiller"),
@@ -171,7 +172,7 @@ def test_what_export_refuses(settings, words, tmp_path):
     settings = dict(settings)
     model, path = settings.pop("model", tiny)(), settings.pop("path", "student.tflite")
     with pytest.raises(ValueError, match=words):
-        shipping.export(model, tmp_path / path, class_names=list("0123456789"), **settings)
+        shipping.export(model, tmp_path / path, **{"class_names": "0123456789", **settings})
 
 
 def test_onnx_and_saved_model_answer_as_keras_does(student, digits, tmp_path):
@@ -325,7 +326,7 @@ def test_what_is_not_rounded_is_refused():
 @pytest.mark.long
 @pytest.mark.slow
 def test_training_wins_back_what_three_bits_lose(student, digits):
-    teacher = quantisation.published("digits-teacher-seed0")
+    teacher = runs.published("digits-teacher-seed0")
     few = replace(digits, x_train=digits.x_train[:600], y_train=digits.y_train[:600])
     arm = quantisation.Arm("aware-distilled", 3, 0.1)
     recipe = quantisation.recipe_for(few, arm, epochs=1)
@@ -365,6 +366,14 @@ def test_the_command_goes_on_where_it_stopped(tmp_path, monkeypatch, digits):
     wanted = [(arm, quantisation.recipe_for(few, arm, epochs=1)) for arm in quantisation.ARMS]
     assert not quantisation.missing(first, wanted, "digits", {0: known})
     assert len(quantisation.missing(first, wanted, "digits", {0: "another"})) == len(wanted)
+    other = [(replace(arm, alpha=0.5), recipe) for arm, recipe in wanted if arm.alpha == 0.1]
+    assert len(quantisation.missing(first, other, "digits", {0: known})) == len(other) > 0
+
+
+def test_a_part_of_the_models_does_not_replace_the_published_table(capsys):
+    with pytest.raises(SystemExit):
+        shipping.main(["digits-distilled-seed0"])
+    assert "another file with --out" in capsys.readouterr().err
 
 
 # --- the server ---
@@ -601,9 +610,10 @@ CLAIMS = {
     "Both arms have that same rate now":
         lambda: set(QUANTISATION[(QUANTISATION.epochs == 1) & (QUANTISATION.seed < 100)]
                     .learning_rate) == set(quantisation.CHOSEN.values()),
-    "three epochs of quantisation-aware training win most of them back. Hard labels did that at "
-    "least as well as the teacher":
-        lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all(),
+    "three epochs of quantisation-aware training win most of them back. Hard labels were "
+    "ahead of the teacher there in all three seeds, which three seeds leave open":
+        lambda: (points("aware-labels", 4) > points("aware-distilled", 4)).all()
+        and len(points("aware-labels", 4)) == 3,
     "The teacher in int8 is nearly as fast as the distilled student in float32, 3.4 points "
     "better, and 1.7 times as large":
         lambda: compared("latency_ms") < 1.1 and compared("kib") == pytest.approx(1.7, abs=0.05)
@@ -730,7 +740,7 @@ NOT_MEASURED = {
     "what rounding the weights costs, and": "a legend", "the same student as published": "a legend",
     "8 bits leave little to win back": "the claim after it", "Train only where": "advice",
     "rounding alone costs between": "a claim above", "Rounding to 4 bits costs": "a claim above",
-    "Hard labels did that at": "a claim above",
+    "Hard labels were ahead of the teacher there": "a claim above",
     "have the same latency, and what": "a question", "Yes: ten images lose": "test_10_2",
     "agrees with Keras more often": "test_10_2", "can only widen the ranges": "arithmetic",
     "They are the same network": "what they are", "can't be paid back by faster": "arithmetic",
@@ -769,7 +779,7 @@ def test_an_exercise_that_was_not_done_is_told_so():
 def test_10_2_ten_images_agree_more_often(tmp_path):
     assert "On CIFAR-10 their file even agrees with Keras more often" in exercises("10")
     dataset, student = (kdlib.load_dataset("cifar10"),
-                        quantisation.published("cifar10-distilled-seed0"))
+                        runs.published("cifar10-distilled-seed0"))
     images, agreement = dataset.x_test[:1000], []
     want = runs.predict_logits(student, images)
     for count in (10, 200):
