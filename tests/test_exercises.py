@@ -1,6 +1,6 @@
 """The exercises: every answer that the notebooks give, verified by doing what it says."""
 
-from reference import controls, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import controls, features, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import os
 import re
 import subprocess
@@ -148,8 +148,8 @@ def test_01_3_the_statistics_of_all_images_are_nearly_those_of_the_training_part
 
 
 def test_02_1_parameters_of_a_convolution():
-    layer = keras.layers.Conv2D(128, 3, use_bias=False)
-    layer.build((None, 8, 8, 64))
+    layer = keras.layers.Conv2D(256, 3, use_bias=False)
+    layer.build((None, 8, 8, 128))
     assert f"{layer.count_params():,}" in exercises("02")
 
 
@@ -343,3 +343,20 @@ def test_08_3_shuffling_adds_false_similarities():
     even = np.asarray(kdlib.soften(controls.evened(logits, np.zeros(50, int), 4.0), 4))
     assert np.allclose(even[:, 1:], even[:, 1:2]) and np.allclose(
         even[:, 0], np.asarray(kdlib.soften(logits, 4))[:, 0])
+
+
+# --- 09 ---
+
+
+def test_09_2_attention_needs_no_extra_layers():
+    """The cell of the hints, changed as the exercise says, and as it stands."""
+    cell = next(cell.source for cell in read("09").cells if "FeatureDistiller(" in cell.source)
+    changed = cell.replace("features.Regressed(methods.fitnet, relu=True)", "methods.at")
+    assert changed != cell
+    check = checking_cell("09").replace("DONE = False", "DONE = True")
+    space = {"keras": keras, "kdlib": kdlib, "features": features, "methods": features.methods,
+             "teacher": kdlib.build_teacher(), "SEED": 0}
+    exec(changed + "\n" + check, space)
+    assert f"None, and {space['hints'].count_params():,} as before" in exercises("09")
+    with pytest.raises(AssertionError, match="3 extra tensors"):
+        exec(cell + "\n" + check, space)
