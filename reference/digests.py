@@ -127,11 +127,12 @@ def told(values: dict, depth: int = 6) -> dict:
 
 
 def _told(value, depth: int):
-    if isinstance(value, (np.ndarray, np.generic)):
-        return digest(np.asarray(value)) if value.dtype != object else "object"
+    kind = type(value)
+    if hasattr(kind, "__array__") and not hasattr(kind, "trainable"):  # also a tensor, no weight
+        array = np.asarray(value)
+        return digest(array) if array.dtype != object else "object"
     if isinstance(value, PLAIN):
         return value if isinstance(value, (int, float, str)) else repr(value)
-    kind = type(value)
     if depth and isinstance(value, (list, tuple)):
         return [_told(each, depth - 1) for each in value]
     if depth and isinstance(value, (set, frozenset)):
@@ -167,6 +168,13 @@ def reached(function) -> dict:
     found.pop("__class__", None)  # that of super()
     defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
     return found | ({"a default": defaults} if defaults else {})
+
+
+def attributes(operation: str, code) -> set:
+    """The attributes that functions and classes set (STORE_ATTR) or read (LOAD_ATTR), by name."""
+    return {step.argval for part in code for method in methods(part)
+            for block in _blocks(method.__code__) for step in dis.get_instructions(block)
+            if step.opname == operation}
 
 
 def _blocks(code) -> list:

@@ -17,7 +17,7 @@ import numpy as np
 from kdlib import require
 
 from reference.digests import (
-    code_digest, digest, is_own, methods, parts_of, reached, text, told, with_helpers)
+    attributes, code_digest, digest, is_own, methods, parts_of, reached, text, told, with_helpers)
 
 with contextlib.suppress(ModuleNotFoundError):  # only what tells libraries and threads needs it
     import tensorflow as tf
@@ -72,7 +72,7 @@ def _numbered(value, number: dict, named: bool = False):
 def _own_code(layer) -> list:
     """What its config may not tell: code that is not Keras's, of the layer and of what it holds (an
     activation, a regularizer, a Lambda's function), with helpers and the values that they read;
-    attributes of its class, and those that its own methods set; what it binds by partial."""
+    attributes of its class, and those that this code sets or reads; what it binds by partial."""
     set_by_compile = _set_by_compile() if isinstance(layer, keras.Model) else ()
     held = {name: value for name, value in vars(layer).items() if name not in set_by_compile}
     parts = parts_of(*held.values())
@@ -84,11 +84,17 @@ def _own_code(layer) -> list:
     bound = [part for part in parts if isinstance(part, functools.partial)]
     if not functions and not bound:
         return []
-    set_here = {step.argval for each in functions for step in dis.get_instructions(each)
-                if step.opname == "STORE_ATTR"}
-    return [code_digest(*with_helpers(*functions)), [told(vars(kind)) for kind in kinds],
-            told({name: value for name, value in held.items() if name in set_here}),
+    code = with_helpers(*functions)
+    acting = attributes("STORE_ATTR", code) | attributes("LOAD_ATTR", code) - _of_any_layer()
+    return [code_digest(*code), [told(vars(kind)) for kind in kinds],
+            told({name: value for name, value in held.items() if name in acting}),
             told(dict(enumerate(bound)))]
+
+
+@functools.cache
+def _of_any_layer() -> set:
+    """What Keras keeps in each layer, such as whether it is built."""
+    return {*vars(keras.layers.Layer()), *vars(keras.Sequential())}
 
 
 @functools.cache

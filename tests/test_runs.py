@@ -1257,7 +1257,31 @@ def inner(value):
     return layer
 
 
-@pytest.mark.parametrize("layer", [closure, default, listed, setting, inner])
+def outside(value):
+    class Noisy(keras.layers.Layer):
+        def call(self, x, training=None):
+            return shifted(self, x) if training else x
+    layer = Noisy()
+    layer.shift = value
+    return layer
+
+
+def shifted(layer, x):
+    return (lambda: x + layer.shift)()
+
+
+def tensor(value):
+    class Noisy(keras.layers.Layer):
+        def __init__(self):
+            super().__init__()
+            self.shift = keras.ops.convert_to_tensor([0.5, value])
+
+        def call(self, x, training=None):
+            return x + self.shift[1] if training else x
+    return Noisy()
+
+
+@pytest.mark.parametrize("layer", [closure, default, listed, setting, inner, outside, tensor])
 def test_what_acts_in_training_only_is_part_of_an_architecture(layer):
     """No answer tells it."""
     pixels = keras.Input((4,))
@@ -1279,6 +1303,21 @@ def test_a_constant_may_be_an_array_or_a_set(value, other, monkeypatch):
 def test_a_constant_that_no_text_tells_is_left_out(monkeypatch):
     monkeypatch.setitem(globals(), "SLOPE", {1: "a", "b": 2})
     assert digests.code_digest(bend) == digests.code_digest(bend)
+
+
+def test_what_keras_keeps_in_each_layer_is_no_part_of_an_architecture():
+    """Though code of one's own reads it."""
+    class Telling(keras.layers.Layer):
+        def call(self, x):
+            return x if self.built and self.trainable else 2 * x
+
+    pixels = keras.Input((4,))
+    model = keras.Model(pixels, Telling()(pixels))
+    first = fingerprints.architecture(model)
+    model(np.zeros((1, 4)))
+    model.compile("sgd", "mse")
+    model.fit(np.zeros((1, 4)), np.zeros((1, 4)), verbose=0)
+    assert fingerprints.architecture(model) == first
 
 
 def test_the_size_of_the_first_batch_does_not_change_a_model():
