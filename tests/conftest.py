@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -9,6 +10,14 @@ import pytest
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 ROOT = Path(__file__).resolve().parents[1]
 CIFAR10 = ROOT / Path(os.environ.get("KD_DATA_DIR") or "data").expanduser() / "cifar10.npz"
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_other_tests():
+    """Python throws hundreds of graphs away at once, and some test waits minutes for that."""
+    yield
+    gc.collect()
+    gc.freeze()  # what is left stays, and isn't looked through again and again
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def test_the_table_of_part_c_is_that_of_the_rows():
     on_val = part_c(part="val").sub(part_c(part="val").scratch, axis=0)[CONTROLS].mean()
     assert f"(by {-on_val.max():.2f} to {-on_val.min():.2f} points)" in text
     assert f"teacher lies below it by {-over_scratch().gain['distilled-twin']:.2f}." in text
-    text = text.replace("\n", " ")
+    text = " ".join(text.split())
     if CIFAR10.exists():
         for arm in CONTROLS:
             low, high = with_images(arm)
@@ -111,7 +111,7 @@ def test_the_table_of_part_c_is_that_of_the_rows():
 
 def test_the_table_of_part_e_is_that_of_the_rows():
     text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### E. How long")[2]
-    text = text.replace("\n", " ")
+    text = " ".join(text.split())
     for epochs, name in LENGTHS.items():
         known = floored(name)
         paired = of_length(epochs).index
@@ -146,7 +146,7 @@ def test_the_table_of_part_f_is_that_of_the_rows():
             row += [of_few(other, share), "< 0.001" if p < 0.001 else f"{p:.3f}"]
         assert f"| {' | '.join(row)} |" in text
     assert part_f().shape == (3, 17) and part_f().notna().all(axis=None)
-    text = text.replace("\n", " ")
+    text = " ".join(text.split())
     longer = over_longer()
     assert (f"reaches {mean['10 longer']:.2f}. -own is {longer.gain:.2f} points better, "
             f"{longer.low:.2f} to {longer.high:.2f} (outside") in text
@@ -188,7 +188,7 @@ def test_the_table_of_part_j_is_that_of_the_rows():
         assert f"| {' | '.join(row)} |" in text
     assert part_j().shape == (3, 9) and part_j().notna().all(axis=None)
     family = common_family()
-    text = text.replace("\n", " ")
+    text = " ".join(text.split())
     assert (f"interaction is {family.gain:.2f} points, {family.low:.2f} to {family.high:.2f}. So "
             "with these two teachers and two students, a common family adds at most "
             f"{family.high:.2f}") in text
