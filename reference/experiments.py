@@ -347,22 +347,24 @@ def main(arguments=None) -> None:
     estimate, todo, maker = seconds_per_epoch(), to_make(chosen), Maker()
     total = sum(estimate(each) * each.full_recipe().epochs for each, _ in todo)
     with tqdm(total=total, unit="s", unit_scale=True, smoothing=0.05) as bar:
-        made = []  # a teacher that is made anew makes its students missing, so look again
-        while todo := [pair for pair in to_make(chosen) if pair not in made]:
-            if options.workers is not None:
+        made = []
+        while todo:
+            if options.workers is None:
+                each, seed = todo[0]
+                made.append(todo[0])
+                progress = Progress(bar, each.stem(seed), estimate(each))
+                try:
+                    publish(maker.make(each, seed, callbacks=[progress]), each)
+                except FloatingPointError as error:  # the others go on
+                    publish_divergence(error, each, seed)
+                    bar.write(f"{each.stem(seed)}: {error}")
+            else:
                 made += todo
                 cluster.make([each.stem(seed) for each, seed in todo], workers=options.workers,
                              cores=options.cores or 1, address=options.address, bar=bar,
                              publish=publish)
-                continue
-            each, seed = todo[0]
-            made.append(todo[0])
-            progress = Progress(bar, each.stem(seed), estimate(each))
-            try:
-                publish(maker.make(each, seed, callbacks=[progress]), each)
-            except FloatingPointError as error:  # the others go on
-                publish_divergence(error, each, seed)
-                bar.write(f"{each.stem(seed)}: {error}")
+            # A teacher that was made anew makes its students missing, so look again.
+            todo = [pair for pair in to_make(chosen) if pair not in made]
 
 
 for _each in EXPERIMENTS:  # read now: a file edited later is not what runs

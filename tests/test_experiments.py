@@ -89,7 +89,7 @@ def test_a_teacher_made_anew_makes_its_students_anew_in_the_same_call(make):
 def test_workers_look_again_as_one_process_does(make, monkeypatch):
     """A teacher made anew makes its students missing."""
     first, second = plan.Experiment("teacher", **SHORT), plan.Experiment("scratch", **SHORT)
-    found, asked = iter([[(first, 0)], [(first, 0)], [(second, 0)], []]), []
+    found, asked = iter([[(first, 0)], [(first, 0), (second, 0)], []]), []
     monkeypatch.setattr(experiments, "to_make", lambda chosen: next(found))
     monkeypatch.setattr(cluster, "needed", mock.Mock())
     monkeypatch.setattr(cluster, "make", lambda stems, **settings: asked.append(stems))
