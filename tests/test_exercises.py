@@ -253,12 +253,13 @@ def test_05_2_the_pairs_by_nll(do):
 
 
 def test_05_3_the_best_epoch_is_too_good_by_different_amounts():
-    excess = []
+    excess = {}
     for method in ("distilled", "scratch"):
-        for path in ROWS.glob(f"cifar10-{method}-seed?.json"):
-            history = store.read_notes(path)["history"]["val_accuracy"]
-            excess.append(max(history) - history[-1])
-    assert np.mean(excess) > 0 and len(set(excess)) > 1
+        curves = [store.read_notes(path)["history"]["val_accuracy"]
+                  for path in ROWS.glob(f"cifar10-{method}-seed?.json")]
+        assert len(curves) == 6
+        excess[method] = np.mean([max(curve) - curve[-1] for curve in curves])
+    assert min(excess.values()) > 0 and excess["distilled"] != excess["scratch"]
 
 
 def test_05_1_the_interval_without_pairs():
@@ -285,7 +286,7 @@ def test_06_2_a_map_of_the_calibration_error(do):
        check="assert other.max().max() < 10", KD_DATASET="cifar10")
     map_ = TABLE[(TABLE.dataset == "cifar10") & (TABLE.method == "distilled-5-epochs")
                  & (TABLE.seed == 0)].set_index(["temperature", "alpha"]).ece
-    assert map_[1.0].max() < 0.03 and 0.05 < map_[16.0, 0.0] < 0.07
+    assert map_[1.0].between(0.015, 0.025).all() and 0.05 < map_[16.0, 0.0] < 0.07
     assert map_.idxmax()[0] >= 8 and map_.idxmax()[1] <= 0.1
 
 

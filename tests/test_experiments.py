@@ -266,6 +266,15 @@ def test_every_row_that_the_notebooks_show_is_published():
         assert "rounding" in store.read_notes(runs.REFERENCE / "rows" / f"{each.stem(seed)}.json")
 
 
+@pytest.mark.slow
+def test_every_row_was_made_with_the_settings_of_its_experiment():
+    """Also those that are to be made again, because their last bits are of an older code."""
+    for path in sorted((runs.REFERENCE / "rows").glob("*.json")):
+        (each, seed), notes = experiments.run_of(path.stem), store.read_notes(path)
+        assert notes.get("control") == experiments._control(each), path.stem
+        assert experiments._fits(notes, each, seed), path.stem
+
+
 def test_published_runs_are_of_todays_code():
     """When this fails: experiments.py --restamp proves them, or they have to be made again."""
     codes = {store.read_notes(path)["spec"]["code"]
@@ -326,6 +335,15 @@ def test_published_answers_give_the_published_figures(path):
         nll = scipy.special.logsumexp(logits["test"], axis=-1) - logits["test"][
             np.arange(len(dataset.y_test)), dataset.y_test]
         assert row["nll"] == pytest.approx(nll.mean(), abs=2e-3)
+        assert row["ece"] == pytest.approx(measures.expected_calibration_error(
+            scipy.special.softmax(logits["test"], axis=-1), dataset.y_test),
+            abs=5 / len(dataset.y_test)), stem  # rounded, an image may be in the next bin
+        taught = row["teacher"] and measures.read_logits(
+            path.with_name(f"{name}-{row['teacher'].rpartition('-seed')[0]}.npz"),
+            f"{name}-{row['teacher']}")
+        if taught:
+            alike = np.mean(logits["test"].argmax(-1) == taught["test"].argmax(-1))
+            assert row["agreement"] == pytest.approx(alike, abs=1e-4), stem
 
 
 @pytest.mark.slow

@@ -56,7 +56,7 @@ def files(student, digits, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind, apart, agreement", [
-    ("float32", 1e-3, 1.0), ("float16", 0.05, 0.995), ("int8-weights", 1.5, 0.98),
+    ("float32", 1e-3, 1.0), ("float16", 0.05, 0.995), ("int8-weights", 0.4, 0.99),
     ("int8", 1.0, 0.98)])
 def test_a_file_answers_as_keras_does(kind, apart, agreement, files, student, digits):
     want = runs.predict_logits(student, digits.x_test)
@@ -299,6 +299,10 @@ def test_a_rounded_student_answers_like_its_file(files, student, digits):
     file = shipping.LiteRT(files["int8"])(images)
     simulated, plain = (runs.predict_logits(model, images) for model in (made, student))
     assert np.mean(simulated.argmax(-1) == file.argmax(-1)) > 0.985
+    coarse = runs.predict_logits(quantisation.make_rounded(
+        student, bits=6, calibration=digits.x_train[:100]), images)
+    apart, coarsely = (np.sqrt(np.mean((each - file) ** 2)) for each in (simulated, coarse))
+    assert apart < 0.18 and coarsely > 1.5 * apart  # so the number of bits is that of the file
     assert not np.array_equal(simulated, plain)
     assert made.count_params() - student.count_params() == 2 * sum(
         isinstance(layer, quantisation.RoundedActivations) for layer in made.layers)
@@ -633,7 +637,7 @@ CLAIMS = {
         == [1.6, 7.7],
     "in int8 it is three times as fast as the int8 teacher, and a sixth of its size":
         lambda: shipped("teacher", "litert-int8").latency_ms / shipped(
-            "distilled", "litert-int8").latency_ms == pytest.approx(3.4, abs=0.3)
+            "distilled", "litert-int8").latency_ms == pytest.approx(3, abs=0.5)
         and shipped("teacher", "litert-int8").kib / shipped(
             "distilled", "litert-int8").kib == pytest.approx(6, abs=0.2),
     "is the gain of *this pair*, 0.2 points in float32 and 0.4 in int8, and it may be luck":
@@ -655,8 +659,10 @@ CLAIMS = {
                         shipped("scratch", f"litert-{kind}").latency_ms, rel=0.05)
                     for kind in shipping.LITERT),
     "8 bits are fastest":
-        lambda: max(shipped("distilled", f"litert-{kind}").latency_ms for kind in (
-            "int8", "int8-weights")) < shipped("distilled", "litert-float16").latency_ms / 2,
+        lambda: all(shipped(model.split("-")[1], f"litert-{kind}").latency_ms
+                    < others.latency_ms.min() for kind in ("int8", "int8-weights")
+                    for model, others in SHIPPING[
+                        ~SHIPPING.format.str.contains("int8")].groupby("model")),
     "float16 is no faster than float32 here":
         lambda: shipped("distilled", "litert-float16").latency_ms > 0.95 * shipped(
             "distilled", "litert-float32").latency_ms,
@@ -669,7 +675,11 @@ CLAIMS = {
     "**You should see** that 8 bits move each model far to the left, and hardly down":
         lambda: all(
             shipped(each, "litert-float32")[column] > 3 * shipped(each, "litert-int8")[column]
-            for each in ("teacher", "distilled", "scratch") for column in ("latency_ms", "kib")),
+            for each in ("teacher", "distilled", "scratch") for column in ("latency_ms", "kib"))
+        and all(abs(shipped(each, "litert-float32").accuracy
+                    - shipped(each, f"litert-{kind}").accuracy) <= 0.003
+                for each in ("teacher", "distilled", "scratch")
+                for kind in ("int8", "int8-weights")),
     "**You should see** differences of nearly 0":
         lambda: all(float(gap) < 0.001 for gap in printed(r"KiB, largest difference ([\d.]+)")),
     "One real image is far better, and 200 are enough":
@@ -738,6 +748,11 @@ CLAIMS = {
 
 
 NOT_MEASURED = {
+    "The *largest difference* of int8 looks": "the number printed above",
+    "the largest weight of the channel becomes": "how it works",
+    "in a zip archive behind the model": "how it works", "- Check a file against": "advice",
+    "but the slowest bursts were disturbed": "the columns low and high",
+    "low and high are the fastest and the slowest burst": "a definition",
     "still gives the same answers": "what is learned here", "less than a minute": "test_strict",
     "They differ in how weights": "a definition", "that are nearly the same": "the claim after it",
     "The number looks worse than it is": "the claim before it",
