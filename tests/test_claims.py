@@ -31,8 +31,15 @@ def sentences(text):
 def unexplained(name, claims, exceptions):
     """The comparisons of a page that are neither; the exceptions that excuse none."""
     compared = [each for each in sentences(page(name)) if COMPARES.search(each)]
-    known = [part for each in claims for part in sentences(each)] + list(exceptions)
-    return ([each for each in compared if not any(part in each for part in known)],
+    known = sorted((part for each in claims for part in sentences(each)), key=len, reverse=True)
+
+    def unsaid(sentence):  # what no claim covers
+        for part in known:
+            sentence = sentence.replace(part, "")
+        return sentence
+
+    return ([each for each in compared if COMPARES.search(unsaid(each))
+             and not any(part in each for part in exceptions)],
             [part for part in exceptions if not any(part in each for each in compared)])
 
 

@@ -749,6 +749,10 @@ CLAIMS = {
 
 NOT_MEASURED = {
     "The *largest difference* of int8 looks": "the number printed above",
+    "A likely reason: a processor can multiply": "a guess, called so",
+    "The two students are the same network": "how it is", "Half of 86,456 bytes": "arithmetic",
+    "That first one is *open*, too": "the claim before it",
+    "After three more epochs with the teacher": "the claim after it",
     "the largest weight of the channel becomes": "how it works",
     "in a zip archive behind the model": "how it works", "- Check a file against": "advice",
     "but the slowest bursts were disturbed": "the columns low and high",
