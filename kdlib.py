@@ -303,8 +303,7 @@ def check_model(role: str, model) -> int | None:
         return None  # its first batch will tell
     black = tree.map_shape_structure(
         lambda each: np.zeros([n or 32 for n in (2, *getattr(each, "shape", each)[1:])]), asked)
-    answers = model(black, training=False)
-    shape = tuple(getattr(answers, "shape", ()))
+    shape = tuple(getattr(answers := model(black, training=False), "shape", ()))
     require(len(shape) == 2 and shape[-1] >= 2, f"{role} gives {shape or 'several outputs'}, not "
             "logits (batch, classes) alone: keras.Model(model.inputs, model.outputs[0]).")
     last = (getattr(model, "operations", model.layers) or [None])[-1]
@@ -315,10 +314,9 @@ def check_model(role: str, model) -> int | None:
     return shape[-1]
 
 
-def _scales(model):  # also of models inside
-    for layer in getattr(model, "layers", ()):
-        scale = isinstance(layer, (layers.Normalization, layers.Rescaling))
-        yield from [layer] if scale else _scales(layer)
+def _scales(model) -> list:  # also of models inside
+    return [each for layer in getattr(model, "layers", ()) for each in (
+        [layer] if isinstance(layer, (layers.Normalization, layers.Rescaling)) else _scales(layer))]
 
 
 def check_images(role: str, model, images):
@@ -327,15 +325,17 @@ def check_images(role: str, model, images):
     expected, shape = _inputs(model), tuple(getattr(images, "shape", None) or ())
     fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
     require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
-            "keras.ops.image.resize, or set_shape where the size is right.")
-    x, *others = tree.flatten(images)
-    if others or 0 in x.shape or "float" not in str(x.dtype):
+            "keras.ops.image.resize, set_shape where the size is right, or data.batch(size).")
+    floats = [x for x in tree.flatten(images) if "float" in str(x.dtype) and 0 not in x.shape]
+    if not floats:
         return images, True
-    first, low, high = next(_scales(model), None), ops.min(x), ops.max(x)
-    large = len(x.shape) == 4 and (np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling)
-        else first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
-    fits = (low >= 0) & ((high > 1) | (low == high)) if large else True
-    raw = ops.all(ops.isfinite(x)) & fits  # min and max of a compiled graph may pass over nan
+    x, first = floats[0], (_scales(model) or [None])[0]
+    large = len(tree.flatten(images)) == 1 and len(x.shape) == 4 and (
+        np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else
+        first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
+    fits = (ops.min(x) >= 0) & ((ops.max(x) > 1) | (ops.min(x) == ops.max(x))) if large else True
+    # The least and largest of a compiled graph may pass over nan.
+    raw = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in floats])) & fits
     return tree.map_structure(lambda x: ops.nan_to_num(x, 0.0, 0.0, 0.0), images), raw
 
 
@@ -364,7 +364,8 @@ def _guarded(method):
 def _look(batch, logs):
     hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
     raw = np.isfinite(ops.convert_to_numpy(logs.get("outputs", 0))).any(-1).all()
-    require(hard != -math.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255.")
+    require(hard != -math.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255."
+            + " Or the student's weights are nan." * (not raw))  # predict sees its logits alone
     require(math.isfinite(hard) or math.isfinite(soft), f"loss in batch {batch} is not finite: the "
             "training has diverged. Lower the learning rate.", FloatingPointError)
     require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "

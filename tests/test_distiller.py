@@ -874,6 +874,33 @@ def test_an_input_that_is_no_number_costs_no_weights(net, shape):
     assert all(np.isfinite(w).all() for w in made.get_weights())
 
 
+def of_two_inputs(width):
+    images, numbers = keras.Input((32, 32, 3)), keras.Input((6,))
+    seen = layers.GlobalAveragePooling2D()(layers.Conv2D(width, 3)(images))
+    return keras.Model([images, numbers], layers.Dense(10)(layers.Concatenate()([seen, numbers])))
+
+
+@pytest.mark.parametrize("where", [0, 1])
+def test_one_of_two_inputs_that_is_no_number_costs_no_weights(where):
+    made = distiller(student=of_two_inputs(2), teacher=of_two_inputs(4))
+    x = [IMAGES.astype("float32"), np.ones((32, 6), "float32")]
+    made.fit(x, LABELS, verbose=0)
+    x[where][20].flat[3] = math.nan
+    with pytest.raises(ValueError, match="images in batch .* are not raw pixels"):
+        made.fit(x, LABELS, verbose=0)
+    with pytest.raises(ValueError, match="images in batch .* are not raw pixels"):
+        made.predict(x, verbose=0)
+    assert all(np.isfinite(w).all() for w in made.get_weights())
+
+
+def test_weights_that_are_lost_are_not_taken_for_wrong_images():
+    made = distiller()
+    made.student.set_weights([np.full_like(w, math.nan) for w in made.student.get_weights()])
+    for ask in (made.predict, made.predict_on_batch):
+        with pytest.raises(ValueError, match="raw pixels.* Or the student's weights are nan"):
+            ask(IMAGES)
+
+
 @pytest.mark.parametrize("wrap", [
     lambda model: model,
     lambda model: keras.Model(pixels := keras.Input((32, 32, 3)), model(pixels))],
@@ -913,6 +940,12 @@ def test_images_whose_size_changes_between_batches():
     spec = (tf.TensorSpec((None, None, None, 3)), tf.TensorSpec((None,), "int32"))
     with pytest.raises(ValueError, match="images have shape .*None.* set_shape"):
         distiller().fit(tf.data.Dataset.from_generator(batches, output_signature=spec), verbose=0)
+
+
+def test_images_without_batches():
+    data = tf.data.Dataset.from_tensor_slices((IMAGES, LABELS))
+    with pytest.raises(ValueError, match=r"images have shape \(32, 32, 3\).*data.batch"):
+        distiller().fit(data, verbose=0)
 
 
 def test_a_weight_that_is_no_number():
