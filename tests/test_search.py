@@ -4,6 +4,7 @@ from reference import runs, search  # isort: skip  (keeps TensorFlow quiet)
 import importlib.util
 
 import keras
+import pandas as pd
 import pytest
 
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("optuna"),
@@ -113,7 +114,7 @@ def test_a_trial_that_was_cut_off_at_once_does_not_stop_the_search(monkeypatch):
     study = search.run(search.Search(), trials=2)
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE"]
     table = search.table(search.Search())
-    assert table.state.tolist() == ["fail", "complete"] and table.machine[0] is None
+    assert table.state.tolist() == ["fail", "complete"] and pd.isna(table.machine[0])
 
 
 def test_a_database_is_a_url(monkeypatch, tmp_path):

@@ -636,8 +636,8 @@ CLAIMS = {
         lambda: [round(paid_back(f"litert-{kind}"), 1) for kind in ("float32", "int8")]
         == [1.6, 7.7],
     "in int8 it is three times as fast as the int8 teacher, and a sixth of its size":
-        lambda: shipped("teacher", "litert-int8").latency_ms / shipped(
-            "distilled", "litert-int8").latency_ms == pytest.approx(3, abs=0.5)
+        lambda: 3.1 < shipped("teacher", "litert-int8").latency_ms / shipped(
+            "distilled", "litert-int8").latency_ms < 3.5
         and shipped("teacher", "litert-int8").kib / shipped(
             "distilled", "litert-int8").kib == pytest.approx(6, abs=0.2),
     "is the gain of *this pair*, 0.2 points in float32 and 0.4 in int8, and it may be luck":
@@ -662,7 +662,9 @@ CLAIMS = {
         lambda: all(shipped(model.split("-")[1], f"litert-{kind}").latency_ms
                     < others.latency_ms.min() for kind in ("int8", "int8-weights")
                     for model, others in SHIPPING[
-                        ~SHIPPING.format.str.contains("int8")].groupby("model")),
+                        ~SHIPPING.format.str.contains("int8")].groupby("model"))
+        and max(shipped("distilled", f"litert-{kind}").latency_ms for kind in (
+            "int8", "int8-weights")) < shipped("distilled", "litert-float16").latency_ms / 2,
     "float16 is no faster than float32 here":
         lambda: shipped("distilled", "litert-float16").latency_ms > 0.95 * shipped(
             "distilled", "litert-float32").latency_ms,
