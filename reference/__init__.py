@@ -32,7 +32,7 @@ def _greetings_held_back():
 
 
 if os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3") == "3":  # perhaps from a parent process
-    with (contextlib.suppress(ModuleNotFoundError),  # lanes.py needs none
+    with (contextlib.suppress(ModuleNotFoundError),  # accelerated.py needs none
           contextlib.nullcontext() if "tensorflow" in sys.modules else _greetings_held_back()):
         import tensorflow as tf
         tf.get_logger().setLevel("ERROR")  # a new model is a new graph: no warning is due

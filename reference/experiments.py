@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import accelerated, digests, evidence, features, fingerprints, lanes, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import accelerated, digests, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 
 from reference.controls import CONTROLS, SIGNALS, few_labels, wrong_labels
 from reference.plan import EXPERIMENTS, Experiment
-ENGINES = {"accelerated": accelerated, "lanes": lanes}  # what trains on an accelerator
+ENGINES = {"accelerated": accelerated}  # what trains on an accelerator
 
 # --- making rows ----------------------------------------------------------------------
 
@@ -171,8 +171,6 @@ def to_make(experiments) -> list[tuple[Experiment, int]]:
     def add(each, seed):
         if each.engine or (each, seed) in found or notes_of(each, seed) is not None:
             return
-        if any(trial.engine and notes_of(trial, 100) is None for trial in each.trials()):
-            return  # they come from elsewhere
         for name in each.teachers(seed):
             add(*run_of(f"{each.dataset}-{name}"))
         for trial in each.trials():
@@ -279,7 +277,7 @@ def seconds_per_epoch() -> Callable[[Experiment], float]:
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
         usual = float(rate.get((each.dataset, model), 15.0))
-        live = each.loss and not features.METHODS[each.loss].on_logits
+        live = each.loss and not each.stored and not features.METHODS[each.loss].on_logits
         with_teacher = 2 if live else 1
         halved = 0.5 if each.full_recipe().precision == "bfloat16" else 1
         return usual * with_teacher * halved

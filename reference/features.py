@@ -213,9 +213,11 @@ class FeatureDistiller(kdlib.Distiller):
 
     ``loss = alpha * student_loss + (1 - alpha) * distillation_loss + weight * feature_loss``.
     The teacher's features are computed live, in one pass, without gradient. Stored logits still
-    serve the distillation_loss. feature_loss counts in training only, so validation shows the
-    other two. ``count_params``, ``save`` and ``export`` are the student's; a checkpoint of
-    ``save_weights`` holds the student and the optimizer, and extra layers begin anew after it.
+    serve the distillation_loss, and stored features may come with them, one for each of
+    teacher_layers: ``fit((images, (logits, feature, ...)), labels)``. feature_loss counts in
+    training only, so validation shows the other two. ``count_params``, ``save`` and ``export``
+    are the student's; a checkpoint of ``save_weights`` holds the student and the optimizer, and
+    extra layers begin anew after it.
 
     student_layers, teacher_layers: names, pair by pair; none: the loss compares the logits.
     feature_loss: a FeatureLoss, or a function(teacher=, student=) of two features. labels: of all
@@ -243,7 +245,7 @@ class FeatureDistiller(kdlib.Distiller):
             images, raw = kdlib.check_images("teacher", teacher, images)
             return [raw, *map(ops.stop_gradient, asked(images, training=False))]
 
-        self._watch_teacher = asked and watch_teacher
+        self._watch_teacher, self._stored_parts = asked and watch_teacher, 1 + len(teacher_layers)
         given = isinstance(feature_loss, FeatureLoss)
         self.feature_loss = feature_loss if given else FeatureLoss(feature_loss)
         shapes = {role: [tuple(x.shape) for x in model.outputs[bool(layers_):]] if model else
@@ -263,6 +265,11 @@ class FeatureDistiller(kdlib.Distiller):
         images, _ = kdlib.check_images("student", self.student, self._split(inputs)[0])
         return self._watch_student(images)
 
+    def _split(self, x):
+        *images, given = x if isinstance(x, (tuple, list)) else (x,)
+        several = isinstance(given, (tuple, list)) and len(given) == self._stored_parts
+        return (images[0], given) if several and len(images) == 1 else super()._split(x)
+
     def _stored(self, given):
         """Stored logits and image numbers, or None: (batch, classes), with numbers, numbers."""
         width = None if given is None else given.shape[-1]
@@ -274,10 +281,12 @@ class FeatureDistiller(kdlib.Distiller):
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         images, given = self._split(x)
+        given, *taught = given if isinstance(given, (list, tuple)) else [given]
         answers, numbers = self._stored(given)
+        taught = [ops.cast(each, "float32") for each in taught]  # stored in half precision
         logits, *learned = y_pred if isinstance(y_pred, (list, tuple)) else [y_pred]
-        trains, raw, taught = isinstance(y_pred, (list, tuple)), True, []
-        if trains and self._watch_teacher:
+        trains, raw = isinstance(y_pred, (list, tuple)), True
+        if trains and self._watch_teacher and not taught:
             raw, live, *taught = self._watch_teacher(images)
             answers = ops.where(raw, live if answers is None else answers, math.nan)
         answers = self._ask_teacher(images) if answers is None else answers
@@ -392,7 +401,7 @@ class Trainer:
             feature_loss=METHODS[self.method].make(), weight=self.weight,
             student_layers=self.student_layers, teacher_layers=self.teacher_layers)
 
-    def lend(self, answers):
+    def lend(self, answers, ask=None):
         """The stored logits of all views, with the number of each image where it is needed."""
         if self.method != "crd":
             return answers
@@ -410,3 +419,34 @@ class Trainer:
         code = [getattr(part, "func", part) for part in parts if callable(part)]
         return {**asdict(self), "settings": settings}, [
             FeatureDistiller, watch, FeatureLoss, *digests.with_helpers(*code)]
+
+
+@dataclass(frozen=True)
+class StoredTrainer(Trainer):
+    """A Trainer that reads the teacher's features from files, in half precision, where many
+    students learn from one teacher. ask(layers): the features, ``[view][layer]``."""
+
+    def lend(self, answers, ask=None):
+        answers = super().lend(answers)
+        if not self.teacher_layers:
+            return answers
+        require(answers is not None, "views are 0, but stored features are of views. Give the "
+                "recipe some, or take Trainer, which asks live.")
+        return list(map(_Together, answers, ask(self.teacher_layers)))
+
+    def identity(self):
+        from reference import answers
+        settings, code = super().identity()
+        stored = [_Together, answers._features] if self.teacher_layers else []
+        return {**settings, "stored": bool(stored)}, [*code, *stored]
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Logits and features of one view, to be indexed as one array."""
+
+    logits: np.ndarray
+    features: list
+
+    def __getitem__(self, index):
+        return self.logits[index], *(each[index] for each in self.features)

@@ -108,10 +108,12 @@ def _set_by_compile() -> set:
 
 
 def alike(model, answers, others) -> bool:
-    """Whether two arrays of a model's logits differ by rounding alone: by a thousandth, where it
+    """Whether two arrays of a model's answers differ by rounding alone: by a thousandth, where it
     computes in half precision by a fiftieth."""
     half = any("16" in layer.compute_dtype for layer in model._flatten_layers())
-    answers, others = np.asarray(answers), np.asarray(others)
+    answers, others = (np.asarray(each).astype("float64") for each in (answers, others))
+    if answers.shape != others.shape:
+        return False
     with np.errstate(invalid="ignore"):  # excluded classes: -inf in both
         gap = np.where(answers == others, 0, answers - others)
     size = np.linalg.norm(answers[np.isfinite(answers)])

@@ -1,6 +1,6 @@
 """Every row of results.csv as data: what it is, which settings, which seeds.
 
-experiments.py makes the rows; those of an engine come from accelerated.py and lanes.py. PROTOCOL.md
+experiments.py makes the rows; those of an engine come from accelerated.py. PROTOCOL.md
 announces those of _pairs, _controls, _recipe_choice, _evidence, _many_machines, _methods,
 _architectures and _best before they are made.
 """
@@ -40,7 +40,8 @@ class Experiment:
     factor: float | None = None  # times its authors' weight; None: as chosen on validation
     place: str | None = None  # which layers it compares: a name in PLACES; None: the method's own
     weights: bool = False  # publish the trained model, not only its row
-    engine: str | None = None  # made on an accelerator, by "accelerated" or "lanes"
+    stored: bool = False  # the teacher's features are read from files, not computed live
+    engine: str | None = None  # "accelerated": made on an accelerator
     choice: bool = False  # only for choosing on validation: the test set is not looked at
 
     @property
@@ -66,7 +67,8 @@ class Experiment:
         method = features.METHODS[self.loss]
         factor = chosen_factor(self) if self.factor is None else self.factor
         student, teacher = PLACES[self.place or method.where]
-        return features.Trainer(self.loss, factor * method.weight, student, teacher)
+        kind = features.StoredTrainer if self.stored else features.Trainer
+        return kind(self.loss, factor * method.weight, student, teacher)
 
     def trials(self) -> list[Experiment]:
         """The runs that choose the weight of its loss, all with seed 100."""
@@ -87,7 +89,7 @@ PAIRS = SIX[:5]
 TRIPLE = SIX[:3]
 OWN = "teacher-seed{seed}"  # a teacher for each pair
 FIVE, TEN = {"epochs": 5}, {"epochs": 10}
-HALF = {"precision": "bfloat16"}  # parts D, G, I after 20 epochs, fresh views; see PROTOCOL.md
+HALF = {"precision": "bfloat16"}  # parts D, G, I, fresh views; see PROTOCOL.md
 
 
 def _published() -> list[Experiment]:
@@ -270,7 +272,7 @@ TAUGHT = ("fitnet", "at", "rkd", "dkd")  # in notebook 09
 def _trial(loss: str, alpha: float, factor: float) -> Experiment:
     kd = "-kd" if alpha < 1 else ""
     return Experiment(f"distilled-5-epochs-{loss}{kd}-x{factor:g}", (100,), loss=loss, alpha=alpha,
-                      teacher="teacher-seed0", factor=factor, recipe=FIVE, engine="lanes",
+                      teacher="teacher-seed0", factor=factor, recipe=FIVE | HALF, stored=True,
                       choice=True)
 
 
@@ -280,10 +282,9 @@ def chosen_factor(each: Experiment) -> float:
     for trial in each.trials():
         path = runs.REFERENCE / "rows" / f"{trial.stem(100)}.json"
         kdlib.require(path.exists(), f"the trial {trial.method} of {each.method} is missing. Make "
-                      f"it first: python reference/{trial.engine or 'experiments'}.py")
-        notes = store.read_notes(path)  # judged where it was made
-        found[trial.factor] = (-1 if "diverged" in notes else
-                               notes["history"]["val_accuracy"][-1])
+                      f"it first: python reference/experiments.py {trial.method}")
+        notes = store.read_notes(path)
+        found[trial.factor] = -1 if "diverged" in notes else notes["row"]["val_accuracy"]
     kdlib.require(max(found.values()) >= 0, f"all trials of {each.method} diverged.")
     return max(FACTORS, key=found.get)
 
@@ -295,18 +296,18 @@ def _methods() -> list[Experiment]:
     alpha = 1: hard labels and the method alone. -kd: hard and soft labels as ever, and the method.
     A loss on logits takes the place of the soft labels, so it has no -kd.
     """
-    one, short = "teacher-seed0", dict(recipe=FIVE, engine="lanes")
+    one, short = "teacher-seed0", {"recipe": FIVE | HALF}
     variants = [(loss, alpha) for loss, method in features.METHODS.items()
                 for alpha in ((1.0,) if method.on_logits else (1.0, 0.1))]
-    table = [Experiment("scratch-5-epochs-lanes", PAIRS, **short),
-             Experiment("distilled-5-epochs-lanes", PAIRS, teacher=one, **short)]
+    table = [Experiment("scratch-5-epochs-bfloat16", PAIRS, **short),
+             Experiment("distilled-5-epochs-bfloat16", PAIRS, teacher=one, **short)]
     table += [_trial(*variant, factor) for variant in variants for factor in FACTORS]
     for loss, alpha in variants:
         name = f"{loss}{'-kd' if alpha < 1 else ''}"
         each = Experiment(f"distilled-5-epochs-{name}", PAIRS, teacher=one, loss=loss, alpha=alpha,
-                          **short)
+                          stored=True, **short)
         table += [each, replace(each, method=f"distilled-3-epochs-{name}", dataset="digits",
-                                seeds=(0,), factor=1.0, recipe={"epochs": 3}, engine=None)]
+                                seeds=(0,), factor=1.0, recipe={"epochs": 3}, stored=False)]
     for loss, alpha in variants:
         if loss not in TAUGHT or alpha == 1 and not features.METHODS[loss].on_logits:
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
@@ -314,7 +315,7 @@ def _methods() -> list[Experiment]:
         each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, recipe=HALF)
         table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
-                      alpha=1.0, factor=10.0, place="misplaced", **short)
+                      alpha=1.0, factor=10.0, place="misplaced", stored=True, **short)
     placed = replace(harm, method="distilled-5-epochs-fitnet-placed", place=None)
     return [*table, harm, placed]
 

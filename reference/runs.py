@@ -1,11 +1,13 @@
-"""Train or load a run, ask a teacher once, and measure what came out.
+"""Train or load a run, and measure what came out.
 
-Nothing here has to be read to follow a lesson. How a model is trained is in recipes.py, what a
-run is known by in fingerprints.py and digests.py, how it survives a kill in resume.py.
+Nothing here has to be read to follow a lesson. How a model is trained is in recipes.py, what its
+teacher answered in answers.py, what a run is known by in fingerprints.py and digests.py, how it
+survives a kill in resume.py.
 """
 
 from __future__ import annotations
 
+import functools
 import operator
 import os
 import re
@@ -18,19 +20,18 @@ import kdlib
 import keras
 import numpy as np
 from kdlib import require
-from tqdm.auto import tqdm
 from tqdm.keras import TqdmCallback
 
 from reference import digests, fingerprints, measures, recipes, resume, store
+from reference.answers import VIEW_CODE, stored_answers, teacher_answers, teacher_features
 from reference.measures import RESULT_COLUMNS, batch_size, predict_logits
 from reference.recipes import Batches, Recipe, make_optimizer, recipe_for  # noqa: F401
+from reference.store import ROOT, runs_folder
 
-ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
 REFERENCE = ROOT / "reference"
 
 # A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
 # once, here: a file that is edited while a training runs does not change what has been read.
-VIEW_CODE = digests.code_digest(kdlib.view_codes, kdlib.augment)
 CODE = digests.digest(VIEW_CODE, digests.code_digest(*digests.with_helpers(
     kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
     kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
@@ -208,7 +209,9 @@ class Task:
         if callable(change := self.answers):
             made = [change(each, data.y_train, self.spec["temperature"]) for each in answers]
             answers = measures.check_answers(made, self.recipe, answers[0].shape)
-        answers = self.make_trainer.lend(answers) if self.make_trainer else answers
+        if self.make_trainer:
+            answers = self.make_trainer.lend(answers, functools.partial(
+                teacher_features, self.teacher, data, self.recipe))
         judged = (np.zeros((len(data.y_val), len(data.class_names)), "float32")
                   if self.teacher is None else stored_answers(self.teacher, data, "val"))
         return trainer, ((data.x_val, judged), data.y_val), answers
@@ -264,11 +267,6 @@ def stem(row: dict) -> str:
     usual = row["temperature"] is None or (row["temperature"], row["alpha"]) == (4.0, 0.1)
     setting = "" if usual else f"-T{row['temperature']:g}-alpha{row['alpha']:g}"
     return f"{row['dataset']}-{row['method']}{setting}-seed{row['seed']}"
-
-
-def runs_folder() -> Path:
-    """Where runs and stored answers are kept: ``$KD_RUNS_DIR``, by default ``runs``."""
-    return ROOT / Path(os.environ.get("KD_RUNS_DIR") or "runs").expanduser()
 
 
 def _retrain() -> bool:
@@ -329,46 +327,6 @@ def _kept_logits(path: Path, name: str, model, dataset) -> dict[str, np.ndarray]
             for part, images in parts.items()):
         return found
     return measures.halved(_both_logits(model, dataset))
-
-
-# --- the teacher's answers ------------------------------------------------------------
-
-
-def teacher_answers(teacher, dataset, recipe: Recipe) -> list[np.ndarray]:
-    """The teacher's logits for every view: float32 (images, classes) each.
-
-    Computed once and kept in the runs folder. Some of them are compared with the teacher at
-    hand each time. Source: teacher and student see the same views (Beyer et al. 2022); stored
-    answers: Shen and Xing 2022.
-    """
-    bar = tqdm(range(min(recipe.views, recipe.epochs)), desc="teacher's answers", unit="view",
-               leave=False, delay=2)
-    return [stored_answers(teacher, dataset, view, recipe) for view in bar]
-
-
-def stored_answers(teacher, dataset, part, recipe: Recipe | None = None) -> np.ndarray:
-    """The teacher's logits for "val", "test", or a view of the training images (a number)."""
-    if isinstance(part, str):
-        images, codes, name = getattr(dataset, f"x_{part}"), None, part
-    else:
-        images, name = dataset.x_train, f"view{part:02d}-shift{recipe.shift}-flip{recipe.flip:d}"
-        codes = kdlib.view_codes(images=len(images), views=part + 1, shift=recipe.shift,
-                                 flip=recipe.flip)[part]
-
-    def ask(which):
-        return predict_logits(teacher, images[which], role="teacher",
-                              codes=None if codes is None else codes[which])
-
-    key = digests.digest(VIEW_CODE, images, fingerprints.model_digest(teacher))
-    path = runs_folder() / f"answers-{key[:16]}" / f"{name}.npy"
-    if path.exists() and (kept := store.read_array(path)) is not None:
-        some = np.linspace(0, len(images) - 1, 8).astype(int)
-        if fingerprints.alike(teacher, ask(some), kept[some]):
-            return kept
-        warnings.warn(f"the stored answers in {path.parent.name} are not this teacher's: it is "
-                      "asked again.", stacklevel=2)
-    store.write_array(path, ask(slice(None)))
-    return store.read_array(path)
 
 
 # --- measurements ---------------------------------------------------------------------

@@ -18,7 +18,13 @@ import numpy as np
 
 from reference.digests import digest, text
 
+ROOT = Path(__file__).resolve().parents[1]  # relative paths in KD_RUNS_DIR begin here
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error)
+
+
+def runs_folder() -> Path:
+    """Where runs and stored answers are kept: ``$KD_RUNS_DIR``, by default ``runs``."""
+    return ROOT / Path(os.environ.get("KD_RUNS_DIR") or "runs").expanduser()
 
 
 @contextlib.contextmanager

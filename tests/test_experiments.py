@@ -176,14 +176,30 @@ def test_a_published_run_is_known_by_its_control_and_its_trainer(monkeypatch):
 
 
 def test_a_run_comes_after_its_teacher_and_its_trials(monkeypatch):
-    made_here, trial = {"engine": None}, plan._trial
     monkeypatch.setattr(experiments, "notes_of", lambda each, seed: None)
-    monkeypatch.setattr(plan, "_trial", lambda *which: replace(trial(*which), **made_here))
-    each = replace(experiments.run_of("cifar10-distilled-5-epochs-at-kd-seed0")[0], **made_here)
+    each, _ = experiments.run_of("cifar10-distilled-5-epochs-at-kd-seed0")
     order = [one.stem(seed) for one, seed in experiments.to_make([each])]
     assert order[:4] == ["cifar10-teacher-seed0", *(
         f"cifar10-distilled-5-epochs-at-kd-x{x}-seed100" for x in ("1", "0.1", "10"))]
     assert order[4:] == [each.stem(seed) for seed in each.seeds]
+
+
+@pytest.mark.parametrize("accuracies, factor", [
+    ((0.8, 0.9, 0.7), 0.1), ((0.9, 0.9, 0.9), 1.0), ((None, 0.2, 0.3), 10.0),
+    ((None, None, None), None), ((0.8, 0.9), None)])
+def test_the_best_trial_chooses_the_weight(accuracies, factor, tmp_path, monkeypatch):
+    """None: it diverged. Two of three: one is missing."""
+    each, _ = experiments.run_of("cifar10-distilled-5-epochs-at-kd-seed0")
+    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
+    for trial, accuracy in zip(each.trials(), accuracies, strict=False):
+        store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json", {
+            "row": {"val_accuracy": accuracy}, **({} if accuracy else {"diverged": "so"})})
+    if factor:
+        assert plan.chosen_factor(each) == factor
+        assert each.trainer().weight == factor * plan.features.METHODS["at"].weight
+    else:
+        with pytest.raises(ValueError, match="all trials .* diverged|at-kd-x10 .* is missing"):
+            plan.chosen_factor(each)
 
 
 @pytest.mark.slow

@@ -1,8 +1,9 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
-from reference import digests, features, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import answers, digests, features, fingerprints, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
 import shutil
 from dataclasses import replace
+from unittest import mock
 
 import kdlib
 import keras
@@ -113,6 +114,45 @@ def test_stored_logits_serve_as_well_as_live_ones():
     for other in trained[1:]:
         for a, b in zip(trained[0], other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def strayed(one, other):
+    """How far two students' weights lie apart, beside how far one has moved."""
+    apart, way = (sum(np.sum((a - b) ** 2) for a, b in zip(one, those, strict=True)) ** 0.5
+                  for those in (other, net(3, seed=1).get_weights()))
+    return apart / way
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [
+    pytest.param(name, marks=() if name in ("at", "crd") else pytest.mark.long)
+    for name, each in features.METHODS.items() if not each.on_logits])
+def test_stored_features_serve_as_well_as_live_ones(method):
+    """And in half precision nearly as well."""
+    teacher, trained = net(6, size=3), []
+    names = LAYERS[features.METHODS[method].where]
+    live = features.watch("teacher", teacher, names)(X, training=False)[1:]
+    answers = np.hstack([teacher(X), NUMBERS])
+    for given in (answers, (answers, *live), (answers, *(np.float16(each) for each in live))):
+        student = net(3, seed=1)
+        made = distiller(method, student=student, teacher=teacher)
+        keras.utils.set_random_seed(7)  # of the images that CRD draws
+        made.fit((X, given), Y, batch_size=8, shuffle=False, verbose=0)
+        trained.append(student.get_weights())
+    assert strayed(*trained[:2]) < 1e-4 and strayed(trained[0], trained[2]) < 1e-2
+
+
+def test_stored_features_are_the_ones_that_count():
+    """And as many as the teacher has layers; else it is one input too many."""
+    made = distiller("sp", teacher=net(6, size=3))
+    features_ = np.random.default_rng(0).normal(size=(24, 3, 3, 12)).astype("float32")
+    student = keras.Model(made.student.inputs, made.student.get_layer("two").output)(X)
+    want = float(methods.sp(teacher=features_, student=student))
+    answers = np.zeros((24, 10), "float32")
+    logs = made.train_on_batch((X, (answers, features_)), Y, return_dict=True)
+    assert logs["feature_loss"] == pytest.approx(want, rel=1e-4)
+    with pytest.raises(ValueError):
+        made.train_on_batch((X, (answers, features_, features_)), Y)
 
 
 @pytest.mark.slow
@@ -316,9 +356,9 @@ def student():
 FEW = replace(DIGITS, x_train=DIGITS.x_train[:600], y_train=DIGITS.y_train[:600])
 
 
-def train(method, *, callbacks=None, weight=0.1, **more):
+def train(method, *, callbacks=None, weight=0.1, kind=features.Trainer, **more):
     names = tuple(LAYERS[features.METHODS[method].where])
-    trainer = features.Trainer(method, weight, names, names)
+    trainer = kind(method, weight, names, names)
     return runs.train_or_load(
         f"distilled-{method}", FEW, teacher=net(6, size=3), build=student, trainer=trainer,
         callbacks=callbacks or [keras.callbacks.Callback()], recipe=runs.Recipe(
@@ -341,6 +381,59 @@ def test_a_killed_run_ends_with_the_same_weights(method, tmp_path, monkeypatch):
         assert set(run.history) >= {"feature_loss", "val_accuracy"}
     for one, other in zip(*ended, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def seen_by(teacher, layer, recipe, view=0):
+    codes = kdlib.view_codes(images=len(FEW.x_train), views=2, shift=recipe.shift, flip=False)
+    watched = keras.Model(teacher.inputs, teacher.get_layer(layer).output)
+    return np.asarray(watched(kdlib.augment(FEW.x_train, codes[view]), training=False))
+
+
+def test_kept_features_are_the_teachers_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    teacher, recipe = net(6, size=3), runs.Recipe(epochs=3, views=2, flip=False)
+    kept = runs.teacher_features(teacher, FEW, recipe, ["two", "pool"])
+    for view, both in enumerate(kept):
+        for name, each in zip(("two", "pool"), both, strict=True):
+            assert isinstance(each, np.memmap) and each.dtype == np.float16
+            np.testing.assert_allclose(each, seen_by(teacher, name, recipe, view), rtol=1e-3,
+                                       atol=1e-3)
+    asked = mock.Mock(wraps=answers._features)
+    monkeypatch.setattr(answers, "_features", asked)
+    runs.teacher_features(teacher, FEW, recipe, ["pool"])
+    assert [len(call.args[1]) for call in asked.call_args_list] == [8, 8]  # compared, no more
+
+    # The same architecture and weights, but its layers have changed their names.
+    swapped = net(6, size=3)
+    swapped.get_layer("two").name, swapped.get_layer("one").name = "one", "two"
+    with pytest.warns(UserWarning, match="not this teacher's"):
+        (first, _) = runs.teacher_features(swapped, FEW, recipe, ["two"])
+    assert first[0].shape == (600, 10, 10, 6)
+
+    large = net(6, size=3)
+    large.get_layer("two").kernel.assign(large.get_layer("two").kernel * 1e8)
+    with pytest.raises(ValueError, match="above 65,504"):
+        runs.teacher_features(large, FEW, recipe, ["two"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["crd", pytest.param("at", marks=pytest.mark.long)])
+def test_a_run_on_kept_features_is_nearly_the_live_one(method):
+    ended, losses = [], []
+    for kind in (features.Trainer, features.StoredTrainer):
+        run = train(method, kind=kind)
+        ended.append(run.model.get_weights())
+        losses.append(run.history["feature_loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-2)
+    assert 0 < strayed(*ended) < 0.02  # half precision is told
+
+
+def test_kept_features_are_part_of_what_a_run_is():
+    live, kept = (fingerprints.identity_of(kind("at", 1.0, ("two",), ("two",)))
+                  for kind in (features.Trainer, features.StoredTrainer))
+    assert kept["stored"] and kept["code"] != live["code"] and "stored" not in live
+    with pytest.raises(ValueError, match="stored features are of views"):
+        features.StoredTrainer("at", 1.0, ("two",), ("two",)).lend(None)
 
 
 @pytest.mark.slow
@@ -430,19 +523,6 @@ def test_each_variant_has_the_same_trials_and_its_authors_weight_among_them():
         assert all(t.seeds == (100,) for t in trials)
         own = next(t for t in trials if t.factor == 1)
         assert own.trainer().weight == features.METHODS[each.loss].weight
-
-
-def test_the_weight_is_the_best_trial_on_validation(monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "REFERENCE", tmp_path)
-    (tmp_path / "rows").mkdir()
-    each = next(e for e in plan._methods() if e.method == "distilled-at-kd")
-    for factor, accuracy in ((0.1, 0.84), (1.0, 0.85), (10.0, 0.85)):
-        with pytest.raises(ValueError, match="is missing. Make it first"):
-            each.trainer()
-        trial = plan._trial("at", 0.1, factor)
-        runs.store.write_notes(tmp_path / "rows" / f"{trial.stem(100)}.json",
-                               {"history": {"val_accuracy": [0.1, accuracy]}})
-    assert each.trainer().weight == features.METHODS["at"].weight  # of equals, the authors' own
 
 
 @pytest.mark.parametrize("build", [networks.residual_student, networks.separable_student])

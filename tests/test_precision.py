@@ -101,13 +101,13 @@ def test_who_is_compared_has_one_engine_and_precision():
         "fresh": ["scratch-100-epochs-fresh", "distilled-100-epochs-fresh"],
         "G": [f"{who}-{share}-wrong" for share in (20, 40) for who in ("scratch", "distilled")]
         + ["scratch-40-wrong-smoothing"],
-        "I": ["scratch-5-epochs-lanes", "distilled-5-epochs-lanes",
+        "I": ["scratch-5-epochs-bfloat16", "distilled-5-epochs-bfloat16",
               *(name for name, each in known.items() if each.loss and "-5-" in name)],
         "I, 20 epochs": ["distilled-bfloat16", *(name for name, each in known.items()
                                                  if each.loss and "-5-" not in name)]}
     assert len(parts["I"]) == 2 + 29 + 2 and len(parts["I, 20 epochs"]) == 5
     for part, names in parts.items():
         found = {(known[name].engine, known[name].full_recipe().precision) for name in names}
-        assert found == {("lanes", "float32") if part == "I" else (None, "bfloat16")}
+        assert found == {(None, "bfloat16")}, part
     others = [known[name] for name in ("scratch", "distilled", "teacher")]
     assert {(each.engine, each.full_recipe().precision) for each in others} == {(None, "float32")}

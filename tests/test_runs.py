@@ -1,6 +1,6 @@
 """runs, recipes, resume, store: what is found again, what survives, what is measured."""
 
-from reference import controls, digests, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import answers, controls, digests, fingerprints, measures  # isort: skip  (first: keeps TensorFlow quiet)
 from reference import plan, recipes, resume, runs, store  # isort: skip
 import ast
 import contextlib
@@ -188,9 +188,9 @@ def test_a_finished_run_is_loaded_and_another_recipe_is_not(data, monkeypatch):
 def test_batches_carry_the_teachers_answer_to_the_very_image(data):
     teacher = tiny(8)
     logits = runs.teacher_answers(teacher, data, RECIPE)
-    for (images, answers), _ in every_batch(data, RECIPE, seed=3, answers=logits):
+    for (images, given), _ in every_batch(data, RECIPE, seed=3, answers=logits):
         live = np.asarray(teacher(images))
-        np.testing.assert_allclose(answers, live, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(given, live, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -1498,7 +1498,7 @@ def test_averaged_weights_survive_a_cut(data, monkeypatch, tmp_path):
 
 
 def test_bad_settings_are_refused_before_the_teacher_is_asked(data, monkeypatch):
-    monkeypatch.setattr(runs, "stored_answers", lambda *a, **k: pytest.fail("asked"))
+    monkeypatch.setattr(answers, "stored_answers", lambda *a, **k: pytest.fail("asked"))
     for settings in ({"temperature": 0}, {"alpha": 2}):
         with pytest.raises(ValueError, match=next(iter(settings))):
             train(data, method="distilled", teacher=tiny(8), **settings)
