@@ -202,6 +202,7 @@ class Task:
             return keras.Sequential([self.model]), (data.x_val, data.y_val), None
         settings = dict(student=self.model, teacher=self.teacher, alpha=self.spec["alpha"],
                         temperature=self.spec["temperature"])
+        keras.utils.set_random_seed(self.seed)  # whatever was drawn since: a trainer's layers draw
         trainer = (self.make_trainer(**settings, labels=data.y_train) if self.make_trainer
                    else kdlib.Distiller(**settings))
         if answers is None or callable(answers):  # no views: it is asked live

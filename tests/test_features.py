@@ -437,6 +437,20 @@ def test_kept_features_are_part_of_what_a_run_is():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("method", ["crd", pytest.param("fitnet", marks=pytest.mark.long)])
+def test_extra_layers_do_not_depend_on_what_was_drawn_before(method, tmp_path, monkeypatch):
+    """The first run of a process fills caches, and to do so it makes a layer."""
+    ended, described = [], fingerprints.architecture
+    for folder in ("first", "later"):
+        monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path / folder))
+        ended.append(train(method).model.get_weights())
+        monkeypatch.setattr(fingerprints, "architecture", lambda model: (
+            layers.Dense(1).build((1, 1)), described(model))[1])
+    for one, other in zip(*ended, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
 def test_weight_layers_and_code_are_part_of_what_a_run_is(monkeypatch):
     def spec(method="at", weight=1.0, names=("two",)):
         return runs.Task("distilled-x", DIGITS, teacher=net(6), build=student,
