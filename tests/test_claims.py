@@ -6,9 +6,10 @@ import re
 import pytest
 import scipy.stats
 from claims import BEST, CLAIMS, CONTROLS, DIGITS_ALONE, IMAGES_ALONE, LENGTHS, NOTEBOOK_8
-from claims import NOT_MEASURED, SHARES, TABLE, alone, behind_j, digits_gain, printed
+from claims import NOT_MEASURED, SHARES, TABLE, WRONG, alone, behind_j, digits_gain, printed
 from claims import common_family, few_labels_gain, floored, gained_j, gains, limits_of_best, of_few
-from claims import of_length, over_longer, over_scratch, page, part_c, part_f, part_j, points
+from claims import of_length, of_wrong, over_longer, over_scratch, own_floor, p_of_wrong, page
+from claims import part_c, part_f, part_j, points
 from claims import reach_in_blocks, reach_of_few, slope, steps_of_c, teachers_lead, with_images
 from conftest import CIFAR10, ROOT
 
@@ -190,6 +191,28 @@ def test_the_table_of_part_f_is_that_of_the_rows():
     assert (f"blocks, half of the interval would be {reach_in_blocks():.2f} points instead of "
             f"{reach_of_few():.2f}, and no verdict") in text
     assert [abs(gain) > reach_in_blocks() for gain in known.gain] == (known.holm < 0.05).tolist()
+
+
+def test_the_table_of_part_g_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### G. Wrong labels")[2]
+    for share in (0, *WRONG):
+        label = f"-{share}-wrong" if share else ""
+        arms = [points(f"{arm}{label}") for arm in ("teacher", "scratch", "distilled")]
+        arms = [each[each.index < 3] for each in arms]
+        assert [len(each) for each in arms] == [3, 3, 3]
+        row = [f"{share} %", *(f"{each.mean():.2f}" for each in arms)]
+        row[3:3] = [f"{points('scratch-40-wrong-smoothing').mean():.2f}" if share == 40 else ""]
+        row += ([of_wrong(share), f"{p_of_wrong()[share]:.3f}"] if share else
+                [f"{(arms[2] - arms[1]).mean():.2f}", ""])
+        assert f"| {' | '.join(row)} |".replace("  ", " ") in text
+    text = " ".join(text.split())
+    floors = [own_floor(f"distilled-{s}-wrong", f"scratch-{s}-wrong") for s in WRONG]
+    spreads = [gains(f"distilled-{s}-wrong", f"scratch-{s}-wrong").std() for s in WRONG]
+    assert (f"floors are {floors[0]:.2f} and {floors[1]:.2f} points, the gains spread by "
+            f"{spreads[0]:.2f} and {spreads[1]:.2f}.") in text
+    val = [gains(f"distilled-{s}-wrong", f"scratch-{s}-wrong", column="val_accuracy").mean()
+           for s in WRONG]
+    assert f"On validation the gains are {val[0]:.2f} and {val[1]:.2f}." in text
 
 
 def test_the_table_of_part_h_is_that_of_the_rows():
