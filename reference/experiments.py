@@ -33,7 +33,6 @@ from tqdm.auto import tqdm
 
 from reference.controls import CONTROLS, SIGNALS, few_labels, wrong_labels
 from reference.plan import EXPERIMENTS, Experiment
-ENGINES = {"accelerated": accelerated}  # what trains on an accelerator
 
 # --- making rows ----------------------------------------------------------------------
 
@@ -59,8 +58,8 @@ class Maker:
         """What train_or_load needs, its teacher included."""
         kdlib.require(each.labels == 100 or not each.control, f"{each.method}: a control needs the "
                       "label of every image.")
-        kdlib.require(not each.engine, f"{each.method} is made on an accelerator: python "
-                      f"reference/{each.engine}.py")
+        kdlib.require(not each.on_accelerator, f"{each.method} is made on an accelerator: python "
+                      "reference/accelerated.py")
         data, teacher = self.data(each.dataset), self.teacher(each, seed, **more)
         if each.labels < 100:
             data = few_labels(data, each.labels, hide=each.distilled and each.hide, seed=seed)
@@ -112,7 +111,7 @@ def _fits(notes: dict, each: Experiment, seed: int) -> bool:
 
 def _trainer(each: Experiment) -> dict | None:
     """What a run's spec says of its trainer: what fits it, and where."""
-    parts = ENGINES.get(each.engine), each.trainer()
+    parts = accelerated if each.on_accelerator else None, each.trainer()
     found = [fingerprints.identity_of(part) for part in parts if part is not None]
     if len(found) < 2:
         return found[0] if found else None
@@ -169,7 +168,7 @@ def to_make(experiments) -> list[tuple[Experiment, int]]:
     found = []
 
     def add(each, seed):
-        if each.engine or (each, seed) in found or notes_of(each, seed) is not None:
+        if each.on_accelerator or (each, seed) in found or notes_of(each, seed) is not None:
             return
         for name in each.teachers(seed):
             add(*run_of(f"{each.dataset}-{name}"))
@@ -271,7 +270,7 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
 def seconds_per_epoch() -> Callable[[Experiment], float]:
     """From the rows made on processors: the median of a model and dataset, else a guess."""
     table = pd.read_csv(runs.REFERENCE / "results.csv")
-    table = table[~table.method.isin([each.method for each in EXPERIMENTS if each.engine])]
+    table = table[~table.method.isin([each.method for each in EXPERIMENTS if each.on_accelerator])]
     rate = (table.seconds / table.epochs).groupby([table.dataset, table.model]).median()
 
     def estimate(each: Experiment) -> float:

@@ -1,6 +1,6 @@
 """Every row of results.csv as data: what it is, which settings, which seeds.
 
-experiments.py makes the rows; those of an engine come from accelerated.py. PROTOCOL.md
+experiments.py makes the rows; those of an accelerator come from accelerated.py. PROTOCOL.md
 announces those of _pairs, _controls, _recipe_choice, _evidence, _many_machines, _methods,
 _architectures and _best before they are made.
 """
@@ -41,7 +41,7 @@ class Experiment:
     place: str | None = None  # which layers it compares: a name in PLACES; None: the method's own
     weights: bool = False  # publish the trained model, not only its row
     stored: bool = False  # the teacher's features are read from files, not computed live
-    engine: str | None = None  # "accelerated": made on an accelerator
+    on_accelerator: bool = False  # made by accelerated.py
     choice: bool = False  # only for choosing on validation: the test set is not looked at
 
     @property
@@ -172,7 +172,9 @@ def _digits() -> list[Experiment]:
     table += [Experiment(f"distilled-adam-{rate}", teacher=one, weights=True,
                          recipe=TEN | {"optimizer": "adam", "learning_rate": float(rate)})
               for rate in ("1e-3", "1e-5")]
-    return table
+    table += _few_labels(25, epochs=7) + _wrong_labels(40, {})
+    return [*table, Experiment("distilled-7-epochs-25-percent", teacher=one, labels=25,
+                               recipe={"epochs": 7})]
 
 
 def _recipe_choice() -> list[Experiment]:
@@ -224,24 +226,34 @@ def _evidence() -> list[Experiment]:
     table.append(Experiment("scratch-45-epochs-10-percent", TRIPLE, labels=10,  # F
                             recipe={"epochs": 45}))
     for percent in (1, 5, 10, 25):
-        name, known = f"{percent}-percent", {"labels": percent}
-        table += [
-            Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
-            Experiment(f"distilled-5-epochs-{name}-own", TRIPLE, recipe=FIVE, **known,
-                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}"),
-            Experiment(f"distilled-5-epochs-{name}-labelled", TRIPLE, recipe=FIVE, **known,
-                       teacher=f"teacher-10-epochs-{name}-seed{{seed}}", hide=False),
-            Experiment(f"scratch-5-epochs-{name}", TRIPLE if percent == 25 else (1, 2),
-                       recipe=FIVE, **known),
-            Experiment(f"scratch-15-epochs-{name}", TRIPLE, recipe={"epochs": 15}, **known)]
-    for percent in (20, 40):  # G
-        name, wrong = f"{percent}-wrong", {"wrong": percent, "recipe": HALF}
-        table += [Experiment(f"teacher-{name}", TRIPLE, **wrong),
-                  Experiment(f"scratch-{name}", TRIPLE, **wrong),
-                  Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
-                             **wrong)]
+        table += _few_labels(percent)
+    for percent in (20, 40):
+        table += _wrong_labels(percent, HALF)
     return [*table, Experiment("scratch-40-wrong-smoothing", TRIPLE, wrong=40,
                                recipe={"smoothing": 0.1} | HALF)]
+
+
+def _few_labels(percent: int, epochs: int = 5) -> list[Experiment]:
+    """Part F of PROTOCOL.md: teacher and students know the same labels."""
+    name, known = f"{percent}-percent", {"labels": percent}
+    short = {"recipe": {"epochs": epochs}, **known}
+    own = {"teacher": f"teacher-10-epochs-{name}-seed{{seed}}", **short}
+    seeds = TRIPLE if percent == 25 else (1, 2)  # seed 0 is published
+    return [Experiment(f"teacher-10-epochs-{name}", TRIPLE, recipe=TEN, **known),
+            Experiment(f"distilled-{epochs}-epochs-{name}-own", TRIPLE, **own),
+            Experiment(f"distilled-{epochs}-epochs-{name}-labelled", TRIPLE, hide=False, **own),
+            Experiment(f"scratch-{epochs}-epochs-{name}", seeds, **short),
+            Experiment(f"scratch-{3 * epochs}-epochs-{name}", TRIPLE,
+                       recipe={"epochs": 3 * epochs}, **known)]
+
+
+def _wrong_labels(percent: int, recipe: dict) -> list[Experiment]:
+    """Part G of PROTOCOL.md: teacher and students learn from the same wrong labels."""
+    name, wrong = f"{percent}-wrong", {"wrong": percent, "recipe": recipe}
+    return [Experiment(f"teacher-{name}", TRIPLE, **wrong),
+            Experiment(f"scratch-{name}", TRIPLE, **wrong),
+            Experiment(f"distilled-{name}", TRIPLE, teacher=f"teacher-{name}-seed{{seed}}",
+                       **wrong)]
 
 
 def _many_machines() -> list[Experiment]:
@@ -323,7 +335,7 @@ def _methods() -> list[Experiment]:
 def _best() -> list[Experiment]:
     """Part H of PROTOCOL.md: the teacher, the candidates, the best student and its twin."""
     recipe, teacher = vars(accelerated.RECIPE), "teacher-best-seed0"
-    more = {"engine": "accelerated"}
+    more = {"on_accelerator": True}
     table = [Experiment("teacher-best", build=networks.large_teacher, **more,
                         recipe=recipe | {"epochs": accelerated.TEACHER_EPOCHS})]
     length = accelerated.CANDIDATE_EPOCHS

@@ -306,7 +306,7 @@ def test_the_list_of_experiments(capsys):
 
 
 def test_what_an_accelerator_made_is_not_made_here(monkeypatch):
-    best = [each for each in experiments.EXPERIMENTS if each.engine]
+    best = [each for each in experiments.EXPERIMENTS if each.on_accelerator]
     monkeypatch.setattr(experiments, "notes_of", lambda each, seed: None)
     assert experiments.missing(best) and not experiments.to_make(best)
 

@@ -89,10 +89,10 @@ def test_the_losses_of_features_stay_what_they_are(name, bfloat16):
     np.testing.assert_allclose(*losses, rtol=0.02)
 
 
-def test_who_is_compared_has_one_engine_and_precision():
+def test_who_is_compared_has_one_precision():
     """The students of parts D, G and I, each with those that they are measured against."""
     def student(each):
-        return each.dataset == "cifar10" and each.engine != "accelerated" and not each.choice
+        return each.dataset == "cifar10" and not each.on_accelerator and not each.choice
 
     known = {each.method: each for each in plan.EXPERIMENTS if student(each)}
     parts = {
@@ -107,7 +107,7 @@ def test_who_is_compared_has_one_engine_and_precision():
                                                  if each.loss and "-5-" not in name)]}
     assert len(parts["I"]) == 2 + 29 + 2 and len(parts["I, 20 epochs"]) == 5
     for part, names in parts.items():
-        found = {(known[name].engine, known[name].full_recipe().precision) for name in names}
-        assert found == {(None, "bfloat16")}, part
+        found = {known[name].full_recipe().precision for name in names}
+        assert found == {"bfloat16"}, part
     others = [known[name] for name in ("scratch", "distilled", "teacher")]
-    assert {(each.engine, each.full_recipe().precision) for each in others} == {(None, "float32")}
+    assert {each.full_recipe().precision for each in others} == {"float32"}
