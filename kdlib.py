@@ -126,8 +126,7 @@ class _OnlyArrays(pickle.Unpickler):
 
 
 def _by_content(x, y):
-    """Copies of CIFAR-10 come in different orders. Sorted by a hash of their pixels, all are split
-    alike, and no published teacher has seen *your* validation images."""
+    """Copies differ in order. Sorted, all split alike: no teacher saw *your* validation images."""
     order = np.argsort([hashlib.sha1(image.tobytes()).digest() for image in x], kind="stable")
     return x[order], y.reshape(-1)[order].astype("int32")
 
@@ -334,8 +333,7 @@ def check_images(role: str, model, images):
         np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else
         first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
     fits = (ops.min(x) >= 0) & ((ops.max(x) > 1) | (ops.min(x) == ops.max(x))) if large else True
-    # The least and largest of a compiled graph may pass over nan.
-    raw = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in floats])) & fits
+    raw = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in floats])) & fits  # max may skip nan
     return tree.map_structure(lambda x: ops.nan_to_num(x, 0.0, 0.0, 0.0), images), raw
 
 
@@ -343,20 +341,20 @@ def _guarded(method):
     @wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        given, batchwise = call.arguments.get("callbacks"), "callbacks" in call.signature.parameters
+        takes, given = call.signature.parameters, call.arguments.get("callbacks")
         listed = isinstance(given, keras.callbacks.CallbackList)  # by fit, for evaluate
         given = tree.flatten(given.callbacks if listed else given or [])
-        if batchwise and not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
+        if not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
             look = keras.callbacks.LambdaCallback(
                 on_train_batch_end=_look, on_test_batch_end=_look, on_predict_batch_end=_look)
-            call.arguments["callbacks"] = [look, *given]
+            call.arguments["callbacks"] = [look, *given]  # unheeded where the method takes none
         try:
             found = method(*call.args, **call.kwargs)
-        finally:  # JAX takes the weights away while it computes, and would not bring them back
+        finally:  # JAX keeps the weights while it computes, and would not bring them back
             getattr(self, "jax_state_sync", bool)()
-        if not batchwise:  # train_on_batch, test_on_batch, predict_on_batch
-            _look(0, {loss.name: float(loss.result()) for loss in self._losses_seen}
-                  if "y" in call.signature.parameters else {"outputs": found})
+            self._jax_state = None  # old by the next call
+        if "callbacks" not in takes:  # train_on_batch, test_on_batch, predict_on_batch
+            _look(0, self.get_metrics_result() if "y" in takes else {"outputs": found})
         return found
     return guarded
 
@@ -382,6 +380,7 @@ class Distiller(keras.Model):
     teacher live, ``fit((images, teacher_logits), labels)`` uses stored answers. Where a label is
     -1 (unknown) or a ``sample_weight`` 0, only the distillation_loss counts. The teacher runs with
     ``training=False``, without gradient. What is counted, saved and exported is the student.
+    JAX reads the teacher's weights once, with the first batch: where they change, make a new one.
 
     student, teacher: built Keras models, same inputs, logits (batch, classes) out (teacher=None:
     stored answers only); temperature 1e-3 to 1e6; alpha in [0, 1]; soft_loss(teacher_logits=,
@@ -423,6 +422,9 @@ class Distiller(keras.Model):
             getattr(self.student, f"{verb}_weights")(*args, **more)
         finally:
             self.student.optimizer = own
+
+    def _get_jax_state(self, purge_model_variables=False, **parts):
+        return super()._get_jax_state(**parts)  # not purged: a refused graph would lose them
 
     save_weights, load_weights = partialmethod(_lend, "save"), partialmethod(_lend, "load")
 
@@ -467,8 +469,7 @@ class Distiller(keras.Model):
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
         loss = self.alpha * hard + (1 - self.alpha) * soft + sum(map(ops.sum, self.losses))
         loss = ops.where(raw & sound & valid, loss, 0.0)
-        strategy = getattr(self, "distribute_strategy", None)  # replicas' gradients are summed
-        return loss / (strategy.num_replicas_in_sync if strategy else 1)
+        return self._aggregate_additional_loss(loss)  # divided by replicas: gradients are summed
 
     def _labels(self, y, logits, weight):
         """Class numbers, their weights, which are known, and whether all were valid or -1."""

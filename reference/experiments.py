@@ -23,7 +23,7 @@ from unittest import mock
 if __name__ == "__main__":  # run as a file: the project's folder is not on the path
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from reference import accelerated, digests, evidence, features, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
+from reference import accelerated, digests, evidence, fingerprints, runs, store  # isort: skip  (first: keeps TensorFlow quiet)
 import filelock
 import kdlib
 import keras
@@ -268,18 +268,24 @@ def students_by_epochs(dataset: str) -> pd.DataFrame:
 
 
 def seconds_per_epoch() -> Callable[[Experiment], float]:
-    """From the rows made on processors: the median of a model and dataset, else a guess."""
+    """From plain float32 rows made on processors: the median of a model and dataset, else a guess.
+    What a loss on live features costs beyond that was measured by tests/benchmark.py."""
     table = pd.read_csv(runs.REFERENCE / "results.csv")
-    table = table[~table.method.isin([each.method for each in EXPERIMENTS if each.on_accelerator])]
+    cost = pd.read_csv(runs.REFERENCE / "benchmark.csv", index_col="figure")["value"]
+
+    def half(each):
+        return each.full_recipe().precision == "bfloat16"
+
+    plain = {each.method for each in EXPERIMENTS if not (
+        each.on_accelerator or each.loss or half(each))}
+    table = table[table.method.isin(plain)]
     rate = (table.seconds / table.epochs).groupby([table.dataset, table.model]).median()
 
     def estimate(each: Experiment) -> float:
         model = "teacher" if each.method.startswith("teacher") else "student"
         usual = float(rate.get((each.dataset, model), 15.0))
-        live = each.loss and not each.stored and not features.METHODS[each.loss].on_logits
-        with_teacher = 2 if live else 1
-        halved = 0.5 if each.full_recipe().precision == "bfloat16" else 1
-        return usual * with_teacher * halved
+        live = cost[f"{each.loss}_over_distilling_step"] if each.loss and not each.stored else 1
+        return usual * live * (0.5 if half(each) else 1)
 
     return estimate
 

@@ -302,8 +302,7 @@ class FeatureDistiller(kdlib.Distiller):
         self._seen.update_state(extra, ops.shape(logits)[0])
         for metric in self._losses_seen:  # not finite: the guard of fit raises
             metric.update_state(ops.where(ops.isfinite(extra), 0.0, math.nan), 0.0)
-        strategy = getattr(self, "distribute_strategy", None)
-        return loss + self.weight * extra / (strategy.num_replicas_in_sync if strategy else 1)
+        return loss + self._aggregate_additional_loss(self.weight * extra)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
         trains = isinstance(y_pred, (list, tuple))

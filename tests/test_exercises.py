@@ -17,6 +17,7 @@ import pandas as pd
 import pytest
 import scipy.special
 import scipy.stats
+import tensorflow as tf
 from conftest import CIFAR10
 from keras import ops
 
@@ -361,3 +362,47 @@ def test_09_2_attention_needs_no_extra_layers():
     assert f"None, and {space['hints'].count_params():,} as before" in exercises("09")
     with pytest.raises(AssertionError, match="3 extra tensors"):
         exec(cell + "\n" + check, space)
+
+
+# --- 11 ---
+
+
+def test_11_2_one_view():
+    source = next(cell.source for cell in read("11").cells if "def on_paper" in cell.source)
+    costs = pd.read_csv(runs.REFERENCE / "scaling.csv")
+    figures = {name: group.value for name, group in costs.groupby("figure")}
+    asked = {"images": 45_000, "pixels": 32, "classes": 10}
+    paper = []
+    for code in (source, source.replace("views=20", "views=1")):
+        space = {"figures": figures, "pd": pd}
+        exec(code, space)
+        paper.append(space["on_paper"]("CIFAR-10", **asked))
+    ratio = paper[1] / paper[0]
+    answers = ratio.index.str.contains("answers")
+    assert answers.sum() == 3 and np.allclose(ratio[answers], 1 / 20)
+    assert (ratio[~answers] == 1).all() and len(ratio) > 3
+    assert "The three rows of answers (hours, bytes, bytes of the top five) fall to a twentieth. " \
+        "All others stay" in exercises("11")
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_11_3_gradients_of_two_halves(with_norm):
+    """Their mean is the gradient of the whole batch, unless each half is normalised on its own."""
+    keras.utils.set_random_seed(0)
+    norm = [keras.layers.BatchNormalization()] if with_norm else []
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(8, "relu"), *norm,
+                              keras.layers.Dense(3)])
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(20, 6)).astype("float32"), rng.integers(0, 3, 20)
+
+    def gradient(part):
+        with tf.GradientTape() as tape:
+            loss = keras.losses.sparse_categorical_crossentropy(
+                y[part], model(x[part], training=True), from_logits=True)
+            loss = tf.reduce_mean(loss)
+        return np.concatenate([np.ravel(each) for each in tape.gradient(
+            loss, model.trainable_variables)])
+
+    halves = (gradient(slice(10)) + gradient(slice(10, None))) / 2
+    apart = np.abs(halves - gradient(slice(None))).max()
+    assert apart > 1e-2 if with_norm else apart < 1e-6
