@@ -380,7 +380,7 @@ class Distiller(keras.Model):
     teacher live, ``fit((images, teacher_logits), labels)`` uses stored answers. Where a label is
     -1 (unknown) or a ``sample_weight`` 0, only the distillation_loss counts. The teacher runs with
     ``training=False``, without gradient. What is counted, saved and exported is the student.
-    JAX reads the teacher's weights once, with the first batch: where they change, make a new one.
+    JAX builds the teacher's weights in at its first batch: if they change, make a new Distiller.
 
     student, teacher: built Keras models, same inputs, logits (batch, classes) out (teacher=None:
     stored answers only); temperature 1e-3 to 1e6; alpha in [0, 1]; soft_loss(teacher_logits=,
