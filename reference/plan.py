@@ -325,7 +325,8 @@ def _methods() -> list[Experiment]:
             continue  # after 20 epochs only the four of notebook 09, beside soft labels
         name = f"distilled-{loss}{'-kd' if alpha < 1 else ''}"
         each = Experiment(name, PAIRS, teacher=OWN, loss=loss, alpha=alpha, recipe=HALF)
-        table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:])]
+        table += [replace(each, seeds=(0,), weights=True), replace(each, seeds=PAIRS[1:]),
+                  replace(each, dataset="digits", factor=1.0, recipe={})]
     harm = Experiment("distilled-5-epochs-fitnet-misplaced", TRIPLE, teacher=one, loss="fitnet",
                       alpha=1.0, factor=10.0, place="misplaced", stored=True, **short)
     placed = replace(harm, method="distilled-5-epochs-fitnet-placed", place=None)
