@@ -3,20 +3,19 @@
 import hashlib
 import inspect
 import io
-import math
 import os
 import pickle
 import tarfile
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partialmethod, wraps
+from functools import partial, partialmethod, wraps
 from pathlib import Path
 
 import keras
 import numpy as np
 import sklearn.datasets
-from keras import layers, ops, tree
+from keras import callbacks, layers, ops, tree
 from scipy import ndimage
 from sklearn.model_selection import train_test_split
 
@@ -52,16 +51,15 @@ class Dataset:
     y_test: np.ndarray = field(repr=False)
 
     def __post_init__(self):
-        for part in ("train", "val", "test"):
-            x, y = getattr(self, f"x_{part}"), getattr(self, f"y_{part}")
-            kind = [f"{getattr(a, 'dtype', type(a))} {getattr(a, 'shape', '')}" for a in (x, y)]
+        for part, low in (("train", -1), ("val", 0), ("test", 0)):
+            x, y, n = getattr(self, f"x_{part}"), getattr(self, f"y_{part}"), len(self.class_names)
+            a, b = (f"{getattr(z, 'dtype', type(z))} {getattr(z, 'shape', '')}" for z in (x, y))
             raw = isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.ndim == 4 and len(x)
-            require(raw and x.shape[1:] == self.x_train.shape[1:], f"x_{part} is {kind[0]}. Give "
+            require(raw and x.shape[1:] == self.x_train.shape[1:], f"x_{part} is {a}. Give "
                     "raw pixels of one size: uint8 (images, height, width, channels).")
-            low, high = -1 if part == "train" else 0, len(self.class_names) - 1
             fits = isinstance(y, np.ndarray) and y.shape == (len(x),) and y.dtype.kind in "iu"
-            require(fits and low <= y.min() and y.max() <= high, f"y_{part} is {kind[1]}. Give "
-                    f"{len(x)} class numbers, integers from {low} to {high}.")
+            require(fits and low <= y.min() and y.max() < n, f"y_{part} is {b}. Give {len(x)} "
+                    f"class numbers, integers from {low} to {n - 1}.")
 
 
 def load_dataset(name: str | None = None) -> Dataset:
@@ -89,9 +87,8 @@ def _cifar10() -> Dataset:
     try:
         parts = None if path else keras.datasets.cifar10.load_data()
     except Exception as error:  # whatever a network can do to a download
-        raise ConnectionError(
-            f"CIFAR-10 was not found, and its download failed ({error!r}). Set KD_DATA_DIR to a "
-            "folder that holds it, go online, or stay offline with KD_DATASET=digits.") from None
+        raise ConnectionError(f"CIFAR-10 was not found, and its download failed ({error!r}). Set "
+            "KD_DATA_DIR to its folder, go online, or stay offline: KD_DATASET=digits.") from None
     try:
         (x, y), test = parts = [_by_content(*part) for part in parts or _read(path)]
         found = tuple(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest() for x, y in parts)
@@ -239,7 +236,7 @@ def distillation_loss(*, teacher_logits, student_logits, temperature: float):
     require(len(taught) > 1 and 0 not in taught and _agree(taught, learned), f"teacher_logits have "
             f"shape {taught}, student_logits {learned}. Both need the same (batch, classes).")
     # Where both exclude a class, the student's -inf would make the gradient nan.
-    student = ops.maximum(student, ops.where(teacher == -math.inf, -1e38, -math.inf))
+    student = ops.maximum(student, ops.where(teacher == -np.inf, -1e38, -np.inf))
     # What all classes of a row share does not matter, but it takes digits from what they differ by.
     z, w = (x - ops.stop_gradient(ops.where(ops.max(ops.abs(x), -1, True) > 64,
                                             ops.max(x, -1, True), 0.0)) for x in (teacher, student))
@@ -337,17 +334,17 @@ def check_images(role: str, model, images):
     return tree.map_structure(lambda x: ops.nan_to_num(x, 0.0, 0.0, 0.0), images), raw
 
 
-def _guarded(method):
+def _guarded(name: str):
+    method = getattr(keras.Model, name)
     @wraps(method)
     def guarded(self, *args, **more):
         call = inspect.signature(method).bind(self, *args, **more)
-        takes, given = call.signature.parameters, call.arguments.get("callbacks")
-        listed = isinstance(given, keras.callbacks.CallbackList)  # by fit, for evaluate
-        given = tree.flatten(given.callbacks if listed else given or [])
-        if not any(getattr(each, "on_test_batch_end", 0) is _look for each in given):
-            look = keras.callbacks.LambdaCallback(
+        takes, own = call.signature.parameters, call.arguments.get("callbacks")  # by fit: as a list
+        own = tree.flatten(own.callbacks if isinstance(own, callbacks.CallbackList) else own or [])
+        if not any(getattr(each, "on_test_batch_end", 0) is _look for each in own):
+            look = callbacks.LambdaCallback(
                 on_train_batch_end=_look, on_test_batch_end=_look, on_predict_batch_end=_look)
-            call.arguments["callbacks"] = [look, *given]  # unheeded where the method takes none
+            call.arguments["callbacks"] = [look, *own]  # unheeded where the method takes none
         try:
             found = method(*call.args, **call.kwargs)
         finally:  # JAX keeps the weights while it computes, and would not bring them back
@@ -360,15 +357,15 @@ def _guarded(method):
 
 
 def _look(batch, logs):
-    hard, soft = (logs.get(f"{key}_loss", 0) for key in ("student", "distillation"))
+    hard, soft = (float(logs.get(f"{key}_loss", 0)) for key in ("student", "distillation"))
     raw = np.isfinite(ops.convert_to_numpy(logs.get("outputs", 0))).any(-1).all()
-    require(hard != -math.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255."
+    require(hard != -np.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255."
             + " Or the student's weights are nan." * (not raw))  # predict sees its logits alone
-    require(math.isfinite(hard) or math.isfinite(soft), f"loss in batch {batch} is not finite: the "
+    require(np.isfinite(hard) or np.isfinite(soft), f"loss in batch {batch} is not finite: the "
             "training has diverged. Lower the learning rate.", FloatingPointError)
-    require(math.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
+    require(np.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
             "unknown (look at np.unique(labels)), or a sample_weight is not finite.")
-    require(math.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
+    require(np.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
             "probabilities (store logits, or np.log), or the teacher's images are not raw pixels.")
 
 
@@ -380,21 +377,19 @@ class Distiller(keras.Model):
     teacher live, ``fit((images, teacher_logits), labels)`` uses stored answers. Where a label is
     -1 (unknown) or a ``sample_weight`` 0, only the distillation_loss counts. The teacher runs with
     ``training=False``, without gradient. What is counted, saved and exported is the student.
-    JAX builds the teacher's weights in at its first batch: if they change, make a new Distiller.
 
-    student, teacher: built Keras models, same inputs, logits (batch, classes) out (teacher=None:
-    stored answers only); temperature 1e-3 to 1e6; alpha in [0, 1]; soft_loss(teacher_logits=,
-    student_logits=, temperature=). Raises TypeError, ValueError."""
+    student, teacher: built models, same inputs, logits (batch, classes) out (teacher=None: stored
+    answers); temperature 1e-3 to 1e6; alpha 0 to 1; soft_loss(teacher_logits=, student_logits=,
+    temperature=). Raises TypeError, ValueError. JAX sees a changed teacher from the next epoch."""
 
     def __init__(self, *, student, teacher, temperature: float, alpha: float = 0.1,
                  soft_loss=distillation_loss):
         classes, seen = check_model("student", student), _inputs(student)
         if teacher is not None:
-            taught, asked = check_model("teacher", teacher), _inputs(teacher)
-            same = len(asked) == len(seen) and all(map(_agree, asked, seen))
-            require(_agree([taught], [classes]) and (same or not asked or not seen),
-                    f"teacher takes {asked}, gives {taught} logits, student {seen}, {classes}. "
-                    "They must agree. A Resizing layer fits inside a model.")
+            taught, asks = check_model("teacher", teacher), _inputs(teacher)
+            same = not (asks and seen) or len(asks) == len(seen) and all(map(_agree, asks, seen))
+            require(same and _agree([taught], [classes]), f"teacher takes {asks}, gives {taught} "
+                    f"logits, student {seen}, {classes}. They must agree. Resizing is a layer.")
             require(not {id(w) for w in student.weights} & {id(w) for w in teacher.weights},
                     "student and teacher share weights. Copy one: clone_model, set_weights.")
             if student.count_params() > teacher.count_params():
@@ -408,11 +403,11 @@ class Distiller(keras.Model):
         def ask(x):  # in a closure Keras does not find the teacher: it is not trained or saved
             require(teacher is not None, "teacher is None: fit((images, teacher_logits), labels).")
             images, raw = check_images("teacher", teacher, x)
-            return ops.stop_gradient(ops.where(raw, teacher(images, training=False), math.nan))
+            return ops.stop_gradient(ops.where(raw, teacher(images, training=False), np.nan))
 
-        self._ask_teacher = ask
+        self._ask_teacher, ask.weights = ask, lambda: getattr(teacher, "weights", ())
 
-    optimizer = None  # until compile
+    optimizer, _asked = None, None  # until compile, and until the first batch
     temperature = property(lambda self: self._temperature)  # built into the graph: read only
     alpha = property(lambda self: self._alpha)
 
@@ -424,6 +419,12 @@ class Distiller(keras.Model):
             self.student.optimizer = own
 
     def _get_jax_state(self, purge_model_variables=False, **parts):
+        was, self._asked = self._asked, [np.array(w).tobytes() for w in self._ask_teacher.weights()]
+        if was not in (None, self._asked):  # the weights that are compiled into the steps
+            self.train_step, self.test_step = partial(self.train_step), partial(self.test_step)
+            self.make_train_function(force=True)  # of a function that JAX has not seen
+            self.make_test_function(force=True)
+            self.train_step, self.test_step = self.train_step.func, self.test_step.func
         return super()._get_jax_state(**parts)  # not purged: a refused graph would lose them
 
     save_weights, load_weights = partialmethod(_lend, "save"), partialmethod(_lend, "load")
@@ -436,14 +437,13 @@ class Distiller(keras.Model):
         weighted_metrics = ["accuracy"] if metrics is weighted_metrics is None else weighted_metrics
         super().compile(optimizer, metrics=metrics, weighted_metrics=weighted_metrics, **more)
 
-    fit, evaluate, predict, train_on_batch, test_on_batch, predict_on_batch = (
-        _guarded(getattr(keras.Model, name)) for name in (
-            "fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch"))
+    fit, evaluate, predict, train_on_batch, test_on_batch, predict_on_batch = map(
+        _guarded, "fit evaluate predict train_on_batch test_on_batch predict_on_batch".split())
 
     def call(self, inputs, training=None):
         images, raw = check_images("student", self.student, self._split(inputs)[0])
         logits = self.student(images, training=training)
-        return logits if training else ops.where(raw, logits, math.nan)
+        return logits if training else ops.where(raw, logits, np.nan)
 
     def _split(self, x):
         """The student's inputs and the teacher's stored logits, or None to ask it live."""
@@ -457,7 +457,7 @@ class Distiller(keras.Model):
         logits = _as_float("logits", y_pred)
         given = self._ask_teacher(images) if stored is None else stored
         answers = ops.cast(_as_float("teacher_logits", given), logits.dtype)
-        sound = ops.all(answers < math.inf) & ops.all(ops.max(answers, axis=-1) > -math.inf) & (
+        sound = ops.all(answers < np.inf) & ops.all(ops.max(answers, axis=-1) > -np.inf) & (
             ~_are_probabilities(answers) | (ops.shape(answers)[0] < 8))  # a few look so by chance
         soft = self._soft_loss(teacher_logits=ops.where(sound, answers, 0.0),
                                student_logits=logits, temperature=self.temperature)
@@ -465,11 +465,11 @@ class Distiller(keras.Model):
         hard = ops.mean(weight * keras.losses.sparse_categorical_crossentropy(y, logits, True))
         _, raw = check_images("student", self.student, images)
         for metric, loss, good in zip(self._losses_seen, (hard, soft), (valid, sound), strict=True):
-            loss = ops.where(good, ops.where(raw, loss, -math.inf), math.nan)
+            loss = ops.where(good, ops.where(raw, loss, -np.inf), np.nan)
             metric.update_state(loss, ops.shape(y_pred)[0])  # the last batch may be smaller
         loss = self.alpha * hard + (1 - self.alpha) * soft + sum(map(ops.sum, self.losses))
-        loss = ops.where(raw & sound & valid, loss, 0.0)
-        return self._aggregate_additional_loss(loss)  # divided by replicas: gradients are summed
+        # Divided by the number of replicas, as gradients are summed.
+        return self._aggregate_additional_loss(ops.where(raw & sound & valid, loss, 0.0))
 
     def _labels(self, y, logits, weight):
         """Class numbers, their weights, which are known, and whether all were valid or -1."""

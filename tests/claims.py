@@ -13,9 +13,10 @@ import kdlib
 import keras
 import numpy as np
 import pandas as pd
+import pytest
 import scipy.special
 import scipy.stats
-from conftest import ROOT
+from conftest import CIFAR10, ROOT
 from test_notebooks import cells, outputs, source, text_of
 
 TABLE = pd.read_csv(ROOT / "reference" / "results.csv")
@@ -513,6 +514,8 @@ def lower_limit(values):
 
 @functools.cache
 def cifar10():
+    if not CIFAR10.exists():
+        pytest.skip("no cifar10.npz in KD_DATA_DIR")
     return kdlib.load_dataset("cifar10")
 
 

@@ -1215,6 +1215,55 @@ for before in (lambda: made.train_on_batch(images, y), lambda: made.fit(wrong, y
         assert all(map(np.array_equal, given, trainable()))
 made.fit(images, y, verbose=0)
 assert not any(map(np.array_equal, given, trainable()))
+
+# A teacher that changes is asked anew, by each door, and before and after compile.
+def asks_anew(asked):
+    teacher, losses = of_images(4), []
+    made = kdlib.Distiller(student=of_images(2), teacher=teacher, temperature=4)
+    made.compile(keras.optimizers.SGD(0.0))
+    for factor in (1, 3, 0):
+        teacher.set_weights([factor * w for w in teacher.get_weights()])
+        losses.append(asked(made)["distillation_loss"])
+        want = kdlib.distillation_loss(
+            teacher_logits=teacher(images), temperature=4,
+            student_logits=made.student(images, training=asked is not DOORS[0]))
+        assert np.isclose(losses[-1], float(want), rtol=1e-4), (losses, float(want))
+        made.predict(images, verbose=0)
+DOORS = (lambda made: made.evaluate(images, y, return_dict=True, verbose=0),
+         lambda made: {key: each[0] for key, each in made.fit(
+             images, y, batch_size=40, shuffle=False, verbose=0).history.items()},
+         lambda made: made.train_on_batch(images, y, return_dict=True))
+for door in DOORS:
+    asks_anew(door)
+
+# It costs no new graph while it stays as it is, and what is compiled later counts.
+traced = []
+def counted(**given):
+    traced.append(given)
+    return kdlib.distillation_loss(**given)
+teacher = of_images(4)
+made = kdlib.Distiller(student=of_images(2), teacher=teacher, temperature=4, soft_loss=counted)
+made.compile(keras.optimizers.SGD(0.1))
+made.train_on_batch(images, y)
+before = len(traced)
+teacher.predict(images, verbose=0)
+made.train_on_batch(images, y)
+assert keras.backend.backend() != "jax" or len(traced) == before == 1
+teacher.set_weights([w / 2 for w in teacher.get_weights()])
+made.train_on_batch(images, y)
+made.compile(keras.optimizers.SGD(0.1, clipvalue=1e-9))
+given = trainable()
+made.train_on_batch(images, y)
+assert all(np.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(given, trainable()))
+
+# What a callback changes at the end of an epoch counts in the next one.
+made.compile(keras.optimizers.SGD(0.0))
+losses = made.fit(images, y, batch_size=40, epochs=2, shuffle=False, verbose=0, callbacks=[
+    keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epoch or teacher.set_weights(
+        [4 * w for w in teacher.get_weights()]))]).history["distillation_loss"]
+want = kdlib.distillation_loss(teacher_logits=teacher(images), temperature=4,
+                               student_logits=made.student(images, training=True))
+assert np.isclose(losses[1], float(want), rtol=1e-4) and losses[1] > 2 * losses[0], losses
 print("fine on", keras.backend.backend())
 """
 
