@@ -322,15 +322,15 @@ def check_images(role: str, model, images):
     fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
     require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
             "keras.ops.image.resize, set_shape where the size is right, or data.batch(size).")
-    floats = [x for x in tree.flatten(images) if "float" in str(x.dtype) and 0 not in x.shape]
-    if not floats:
-        return images, True
-    x, first = floats[0], (_scales(model) or [None])[0]
+    # Of uint8, which is what files and cameras give, and of words nothing is asked.
+    wide = [ops.cast(x, "float32") for x in tree.flatten(images) if not any(
+        kind in str(x.dtype) for kind in ("uint8", "str")) and 0 not in x.shape] or [ops.zeros(1)]
+    x, first = wide[0], (_scales(model) or [None])[0]
     large = len(tree.flatten(images)) == 1 and len(x.shape) == 4 and (
         np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else
         first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
     fits = (ops.min(x) >= 0) & ((ops.max(x) > 1) | (ops.min(x) == ops.max(x))) if large else True
-    raw = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in floats])) & fits  # max may skip nan
+    raw = ops.all(ops.stack([ops.all(ops.isfinite(x)) for x in wide])) & fits  # max may skip nan
     return tree.map_structure(lambda x: ops.nan_to_num(x, 0.0, 0.0, 0.0), images), raw
 
 
@@ -341,9 +341,9 @@ def _guarded(name: str):
         call = inspect.signature(method).bind(self, *args, **more)
         takes, own = call.signature.parameters, call.arguments.get("callbacks")  # by fit: as a list
         own = tree.flatten(own.callbacks if isinstance(own, callbacks.CallbackList) else own or [])
-        if not any(getattr(each, "on_test_batch_end", 0) is _look for each in own):
-            look = callbacks.LambdaCallback(
-                on_train_batch_end=_look, on_test_batch_end=_look, on_predict_batch_end=_look)
+        if not any(getattr(each, "on_train_batch_end", 0) is _look for each in own):
+            look = callbacks.LambdaCallback(on_train_batch_end=_look, on_test_batch_end=partial(
+                _look, part="validation " * (name == "fit")), on_predict_batch_end=_look)
             call.arguments["callbacks"] = [look, *own]  # unheeded where the method takes none
         try:
             found = method(*call.args, **call.kwargs)
@@ -356,16 +356,16 @@ def _guarded(name: str):
     return guarded
 
 
-def _look(batch, logs):
+def _look(batch, logs, part=""):
     hard, soft = (float(logs.get(f"{key}_loss", 0)) for key in ("student", "distillation"))
     raw = np.isfinite(ops.convert_to_numpy(logs.get("outputs", 0))).any(-1).all()
-    require(hard != -np.inf and raw, f"images in batch {batch} are not raw pixels from 0 to 255."
-            + " Or the student's weights are nan." * (not raw))  # predict sees its logits alone
-    require(np.isfinite(hard) or np.isfinite(soft), f"loss in batch {batch} is not finite: the "
-            "training has diverged. Lower the learning rate.", FloatingPointError)
-    require(np.isfinite(hard), f"labels in batch {batch} are neither class numbers nor -1, "
+    require(hard != -np.inf and raw, f"images in {part}batch {batch} are not raw pixels from 0 to "
+            "255." + " Or the student's weights are nan." * (not raw))  # predict sees logits alone
+    require(np.isfinite(hard) or np.isfinite(soft), f"loss in {part}batch {batch} is not finite: "
+            "the training has diverged. Lower the learning rate.", FloatingPointError)
+    require(np.isfinite(hard), f"labels in {part}batch {batch} are neither class numbers nor -1, "
             "unknown (look at np.unique(labels)), or a sample_weight is not finite.")
-    require(np.isfinite(soft), f"teacher_logits in batch {batch} hold nan, infinity, or "
+    require(np.isfinite(soft), f"teacher_logits in {part}batch {batch} hold nan, infinity, or "
             "probabilities (store logits, or np.log), or the teacher's images are not raw pixels.")
 
 
@@ -389,7 +389,7 @@ class Distiller(keras.Model):
             taught, asks = check_model("teacher", teacher), _inputs(teacher)
             same = not (asks and seen) or len(asks) == len(seen) and all(map(_agree, asks, seen))
             require(same and _agree([taught], [classes]), f"teacher takes {asks}, gives {taught} "
-                    f"logits, student {seen}, {classes}. They must agree. Resizing is a layer.")
+                    f"logits, student {seen}, {classes}. They must agree (sizes: layers.Resizing).")
             require(not {id(w) for w in student.weights} & {id(w) for w in teacher.weights},
                     "student and teacher share weights. Copy one: clone_model, set_weights.")
             if student.count_params() > teacher.count_params():

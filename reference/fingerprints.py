@@ -43,6 +43,8 @@ def architecture(model) -> str:
     number = {node.name: k for k, node in enumerate(nodes)}
     config = _config(model, number) or [  # a subclassed model; runs.py compares its answers as well
         type(model).__qualname__, [list(w.shape) for w in model.weights]]
+    odd = [_odd_variables(layer) for layer in layers]
+    config = [config, odd] if any(odd) else config
     own = [_own_code(layer) for layer in layers]
     if any(own):
         config = [config, own, [None if isinstance(layer, keras.Model) else _config(layer, number)
@@ -67,6 +69,25 @@ def _numbered(value, number: dict, named: bool = False):
         wire = len(value) == 3 and isinstance(value[1], int)
         return [_numbered(part, number, wire and k == 0) for k, part in enumerate(value)]
     return number.get(value, value) if named else value
+
+
+def _odd_variables(layer) -> list:
+    """What its config does not tell: settings that were given to one of its variables alone."""
+    found, learned = [], len(layer._trainable_variables)
+    for k, each in enumerate([*layer._trainable_variables, *layer._non_trainable_variables]):
+        frozen = layer.trainable and each.trainable != (k < learned)
+        rules = {name: getattr(each, name) for name in ("regularizer", "constraint")}
+        if frozen or any(rule is not getattr(layer, f"{each.name}_{name}", None)
+                         for name, rule in rules.items()):
+            found.append([k, each.trainable, [_rule(rule) for rule in rules.values()]])
+    return found
+
+
+def _rule(rule) -> list | None:
+    """A regularizer's or constraint's kind, settings and, where it is your own, code."""
+    kind = type(rule)
+    code = code_digest(*with_helpers(kind)) if is_own(kind) else None
+    return None if rule is None else [kind.__qualname__, told(vars(rule)), code]
 
 
 def _own_code(layer) -> list:

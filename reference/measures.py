@@ -120,6 +120,6 @@ def check_answers(answers, recipe, shape: tuple) -> list[np.ndarray]:
     answers = [np.asarray(each, "float32") for each in answers[:views]]
     require(not any(np.isnan(each).any() or (each == np.inf).any() for each in answers),
             "answers hold nan or infinity. Compute the logits again.")
-    require(not kdlib._are_probabilities(answers[0]),
+    require(not any(map(kdlib._are_probabilities, answers)),
             "answers are probabilities (each row sums to 1). Give logits: np.log(answers) will do.")
     return answers

@@ -44,13 +44,13 @@ class Recipe:
             value = getattr(self, name)
             require(isinstance(value, (int, np.integer)) and value >= low,
                     f"{name} is {value!r}. Give a whole number from {low} on.")
-        for name in ("warmup", "momentum", "smoothing", "average"):
+        for name, high in (("warmup", 1), ("momentum", 1), ("smoothing", 1), ("average", 1),
+                           ("learning_rate", np.inf), ("weight_decay", np.inf)):
             value = getattr(self, name)
-            require(0 <= value < 1, f"{name} is {value}. Give a number from 0 to below 1.")
+            require(isinstance(value, (int, float, np.number)) and 0 <= value < high,
+                    f"{name} is {value!r}. Give a number from 0 to below {high}.")
         require(self.optimizer in ("muon", "sgd", "adam"),
                 f"optimizer is {self.optimizer!r}. Choose 'muon', 'sgd' or 'adam'.")
-        require(self.learning_rate >= 0,
-                f"learning_rate is {self.learning_rate}. It cannot be negative.")
         require(self.precision in ("float32", "bfloat16"),
                 f"precision is {self.precision!r}. Choose 'float32' or 'bfloat16'.")
 
@@ -132,6 +132,12 @@ def make_optimizer(recipe: Recipe, steps: int, *, last_layer: str) -> keras.opti
                          exclude_layers=[last_layer])
     optimizer.exclude_from_weight_decay(var_names=["gamma", "beta", "bias"])
     return optimizer
+
+
+def head(model) -> str:
+    """The name of the last layer that has weights: what comes after it may be a cast."""
+    last = [layer for layer in model.layers if layer.weights][-1]
+    return head(last) if isinstance(last, keras.Model) else last.name
 
 
 def compile_for(trainer, recipe: Recipe, dataset, *, distilled: bool, last_layer: str) -> None:

@@ -92,6 +92,26 @@ def _state_of(trainer) -> list:
     return [*trainer.variables, *trainer.optimizer.variables]
 
 
+class _NoModel:
+    """What a callback finds in place of the model."""
+
+    def __getattr__(self, name):
+        raise TypeError(f"a callback asks for model.{name}, but here callbacks may only watch: a "
+                        "run is known by its recipe, and they would change what it trains. Put "
+                        "the change into the recipe, or fit a model of your own.")
+
+    def __setattr__(self, name, value):
+        getattr(self, name)
+
+
+def watching(callbacks) -> list:
+    """Callbacks that see epochs, batches and logs, and can't reach what is trained."""
+    for each in callbacks:
+        each.set_model(_NoModel())
+        each.set_model = lambda model: None  # fit would give them the real one
+    return [*callbacks]
+
+
 def check_loads(model, folder: Path) -> None:
     """Before the training: what ``build`` returns can be loaded afterwards."""
     path = folder / "aside-first.keras"

@@ -30,15 +30,6 @@ from reference.store import ROOT, runs_folder
 
 REFERENCE = ROOT / "reference"
 
-# A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
-# once, here: a file that is edited while a training runs does not change what has been read.
-CODE = digests.digest(VIEW_CODE, digests.code_digest(*digests.with_helpers(
-    kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
-    kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
-    measures.figures, predict_logits, Batches, make_optimizer, recipes.Muon,
-    recipes.compile_for, recipes.SmoothedCrossentropy, recipes.fused_norm,
-    recipes.FusedBatchNormalization, recipes.convolutions_in)))
-
 # --- train or load --------------------------------------------------------------------
 
 
@@ -68,7 +59,7 @@ def train_or_load(method: str, dataset, *, callbacks=None, **settings) -> Run:
 
     method: "teacher", "scratch" or "distilled", perhaps with a label of your own behind a dash.
     settings: build, teacher, answers, temperature, alpha, recipe, seed, ...; see Task.
-    callbacks: Keras callbacks instead of the progress bar.
+    callbacks: Keras callbacks instead of the progress bar. They see epochs and logs, not the model.
 
     Raises TypeError or ValueError for an argument that does not fit, FloatingPointError if the
     training diverges, RuntimeError if another process trains this run, or if it was begun with
@@ -113,9 +104,7 @@ class Task:
         self.make_trainer = trainer
         self._check(method)
         self.own, self.seed = build is not None, operator.index(seed)
-        keras.utils.set_random_seed(self.seed)
-        usual = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
-        self.model = (build or usual)()
+        self.model = self._first_model(method, build)
         self.first_answers = _check_fits("build's model", self.model, dataset)
         by_teacher = self.distilled and (not isinstance(self.answers, list) or trainer is not None)
         self.spec = {
@@ -132,9 +121,15 @@ class Task:
             self.spec["trainer"] = fingerprints.identity_of(trainer)
         self.folder = runs_folder() / f"{stem(self.spec)}-{digests.digest(self.spec)[:10]}"
 
+    def _first_model(self, method, build):
+        keras.utils.set_random_seed(self.seed)
+        usual = kdlib.build_teacher if method.startswith("teacher") else kdlib.build_student
+        return (build or usual)()
+
     def _check(self, method) -> None:
-        require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", method), f"method is {method!r}. Use "
-                "letters, digits, dots and dashes, as in 'distilled-adam'.")
+        for what, name in (("method", method), ("dataset.name", self.dataset.name)):  # of files
+            require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name), f"{what} is {name!r}. Use "
+                    "letters, digits, dots and dashes, as in 'distilled-adam'.")
         known = method.partition("-")[0] in ("teacher", "scratch", "distilled")
         require(known or self.distilled or self.teacher is None, f"method is {method!r}. Begin it "
                 "with 'teacher', 'scratch' or 'distilled', or give answers, or no teacher.")
@@ -172,7 +167,7 @@ class Task:
             resume.check_loads(self.model, self.folder)
         trainer, validation, answers = self._trainer()
         recipes.compile_for(trainer, self.recipe, self.dataset, distilled=self.distilled,
-                            last_layer=self.model.layers[-1].name)
+                            last_layer=recipes.head(self.model))
         keeper = resume.Keeper(self.folder)
         keeper.restore(trainer)
         bar = [] if callbacks else [TqdmCallback(verbose=0, desc=self.spec["method"], leave=False)]
@@ -185,7 +180,7 @@ class Task:
                     trainer.fit(batches, initial_epoch=keeper.epoch, epochs=self.recipe.epochs,
                                 shuffle=False, verbose=0, validation_data=validation,
                                 validation_batch_size=batch_size(self.dataset.x_val),
-                                callbacks=[keeper, *(callbacks or bar)])
+                                callbacks=[keeper, *bar, *resume.watching(callbacks or [])])
         except FloatingPointError:
             raise self._diverged(keeper) from None
         finally:
@@ -229,8 +224,7 @@ class Task:
     def _notes(self, keeper, figures: dict) -> dict:
         history = keeper.history
         if self.teacher is None and self.distilled:
-            history = {key: values for key, values in history.items()
-                       if key not in ("val_loss", "val_distillation_loss")}
+            history = _unjudged(history)
         return measures.notes(self.spec, self.model, figures, history, keeper.machines,
                               teacher=self.teacher, taught_by=self.taught_by)
 
@@ -251,6 +245,17 @@ class Task:
         error = FloatingPointError(notes["diverged"])
         error.folder = self.folder  # where its notes are; see experiments.publish_divergence
         return error
+
+
+# A digest of the code that acts on the numbers of a run, comments and docstrings aside. Taken
+# once, here: a file that is edited while a training runs does not change what has been read.
+CODE = digests.digest(VIEW_CODE, digests.code_digest(*digests.with_helpers(
+    kdlib.distillation_loss, kdlib.Distiller.__init__, kdlib.Distiller.call,
+    kdlib.Distiller._split, kdlib.Distiller.compute_loss, kdlib.Distiller._labels,
+    measures.figures, predict_logits, Batches, make_optimizer, recipes.Muon, recipes.head,
+    recipes.compile_for, recipes.SmoothedCrossentropy, recipes.fused_norm,
+    recipes.FusedBatchNormalization, recipes.convolutions_in)),
+    digests.code_digest(Task._first_model, Task._trainer, Task.train))
 
 
 def save(folder: Path, model, logits, notes: dict, *, first_answers) -> Run:
@@ -310,9 +315,17 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is "
                       f"{fingerprints.libraries()}. {again} it is trained anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
+    row["teacher"], history = task.taught_by or row["teacher"], found["history"]
     if fingerprints.model_digest(task.teacher) != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
-    return Run(model, found["history"], row, logits, notes.parent)
+        history = _unjudged(history) if task.distilled else history
+    return Run(model, history, row, logits, notes.parent)
+
+
+def _unjudged(history: dict) -> dict:
+    """Without what came of comparing validation answers with those of a teacher."""
+    return {key: values for key, values in history.items()
+            if key not in ("val_loss", "val_distillation_loss")}
 
 
 def published(name: str) -> keras.Model:

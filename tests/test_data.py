@@ -309,6 +309,11 @@ def test_any_array_is_taken_or_named(part, array):
         assert len(getattr(made, "x" + part[1:])) == len(getattr(made, "y" + part[1:]))
 
 
+def test_data_sets_are_compared_by_which_they_are(digits):
+    """Arrays have no single answer to ``==``: the question whether they are equal would fail."""
+    assert (digits == digits) is True and (digits == replace(digits)) is False
+
+
 def test_an_unknown_training_label_is_welcome(digits):
     replace(digits, y_train=np.full_like(digits.y_train, -1))
 

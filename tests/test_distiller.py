@@ -499,8 +499,9 @@ def test_labels_that_no_class_has(door):
     made, some_unknown = distiller(), np.where(LABELS > 4, -1, LABELS)
     nan = np.where(LABELS == LABELS[0], np.nan, LABELS)
     kinds = (LABELS + 1, LABELS - 2, LABELS + 0.5, nan)  # too large, below -1, fractions
+    where = "validation batch" if door == "validation" else "batch"
     for labels in kinds if door == "arrays" else kinds[:1]:
-        with pytest.raises(ValueError, match="labels in batch .* neither class numbers nor -1"):
+        with pytest.raises(ValueError, match=f"labels in {where} .* neither class numbers nor -1"):
             DOORS[door](made, labels)
         assert all(np.isfinite(w).all() for w in made.get_weights())
     DOORS[door](made, LABELS)
@@ -915,6 +916,24 @@ def test_a_teacher_that_gets_images_of_another_scale(wrap):
         made.fit(batches_of((IMAGES / 255).astype("float32")), verbose=0)
     for old, new in zip(before, made.trainable_variables, strict=True):
         np.testing.assert_array_equal(old, new.numpy())
+
+
+@pytest.mark.parametrize("become", [
+    lambda x: (x - 128.0).astype("int8"), lambda x: x.astype("int16") - 128, lambda x: x > 127,
+    lambda x: (x > 127).astype("int64")], ids=["int8", "int16", "bool", "0 and 1"])
+def test_whole_numbers_that_are_no_pixels(become):
+    made, images = distiller(), become(IMAGES)
+    for door in (lambda: made.fit(images, LABELS, verbose=0),
+                 lambda: made.evaluate(images, LABELS, verbose=0),
+                 lambda: made.predict(images, verbose=0)):
+        with pytest.raises(ValueError, match="images in batch 0 are not raw pixels"):
+            door()
+
+
+def test_pixels_may_be_wider_whole_numbers():
+    made = distiller()
+    np.testing.assert_array_equal(made.predict(IMAGES.astype("int32"), verbose=0),
+                                  made.predict(IMAGES, verbose=0))
 
 
 def test_a_student_inside_another_model_knows_its_scale():

@@ -379,6 +379,23 @@ def test_published_weights_are_those_of_their_notes_and_answers(name):
                                        atol=2e-2, err_msg=stem)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["digits-scratch-7-epochs-25-percent-seed0",
+                                  "digits-distilled-dkd-T4-alpha1-seed0"])
+def test_a_published_run_trained_again_is_the_same_to_the_last_bit(stem, tmp_path, monkeypatch):
+    """On the kind of processor that made it: another one rounds otherwise."""
+    notes = store.read_notes(runs.REFERENCE / "rows" / f"{stem}.json")
+    here = [fingerprints.machine()], fingerprints.libraries()
+    if here != (notes["machines"], notes["row"]["versions"]):
+        pytest.skip(f"it was made on {notes['machines']}, this is {here}")
+    monkeypatch.setenv("KD_RUNS_DIR", str(tmp_path))
+    settings = experiments.Maker().settings(*experiments.run_of(stem))
+    monkeypatch.setenv("KD_RETRAIN", "1")
+    run = runs.train_or_load(**settings)
+    assert run.folder.parent == tmp_path  # trained, not loaded
+    assert digests.digest(*run.model.get_weights()) == notes["weights"]
+
+
 def kept_logits(name, row, stem):
     return measures.read_logits(runs.REFERENCE / "answers" / f"{name}-{row['method']}.npz", stem)
 

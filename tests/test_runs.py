@@ -7,6 +7,7 @@ import contextlib
 import functools
 import importlib.util
 import json
+import math
 import os
 import shutil
 import sys
@@ -441,6 +442,7 @@ def test_a_function_of_the_teachers_answers_needs_some(data):
     (lambda a: [each[:, :9] for each in a], "answers are 2 of shapes"),
     (lambda a: [np.where(each == each.max(), np.nan, each) for each in a], "answers hold nan"),
     (lambda a: [np.full_like(each, 0.1) for each in a], "answers are probabilities"),
+    (lambda a: [a[0], np.full_like(a[1], 0.1)], "answers are probabilities"),
 ])
 def test_answers_that_cannot_teach(data, change, said):
     with pytest.raises(ValueError, match=said):
@@ -547,6 +549,15 @@ def test_the_last_layer_and_embeddings_are_kept_from_muon():
     assert [path for path, adamw in found.items() if not adamw] == ["fc1/kernel"]
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda head: [head], lambda head: [head, keras.layers.Activation("linear", dtype="float32")],
+    lambda head: [keras.Sequential([keras.layers.Dense(4), head])]], ids=["", "a cast", "inside"])
+def test_the_head_is_the_last_layer_that_has_weights(wrap):
+    head = keras.layers.Dense(10, name="answers")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4), *wrap(head)])
+    assert recipes.head(model) == "answers"
+
+
 def test_a_step_of_muon_is_nearly_orthogonal():
     kernel = keras.Variable(np.zeros((3, 3, 4, 8), "float32"), name="kernel")
     optimizer = recipes.Muon(learning_rate=1.0, weight_decay=0.0, rms_rate=None)
@@ -589,9 +600,10 @@ def test_a_batch_larger_than_the_data_is_the_data(data):
 
 @pytest.mark.parametrize("name, value", [
     ("epochs", 0), ("epochs", 1.5), ("batch_size", 0), ("views", -1), ("shift", -1),
-    ("warmup", 1), ("learning_rate", -1)])
+    ("warmup", 1), ("learning_rate", -1), ("learning_rate", math.nan), ("weight_decay", math.nan),
+    ("weight_decay", -1), ("momentum", "much")])
 def test_a_recipe_that_cannot_be_followed(name, value):
-    with pytest.raises(ValueError, match=f"{name} is {value}"):
+    with pytest.raises(ValueError, match=f"{name} is {value!r}"):
         replace(RECIPE, **{name: value})
 
 
@@ -665,6 +677,43 @@ def test_agreement_is_with_the_teacher_at_hand(data):
         want = runs.measure(run.model, data, teacher)["agreement"]
         assert_same_weights(alone, run)
         assert run.row["agreement"] == want
+
+
+def test_a_loaded_history_tells_of_the_teacher_at_hand_alone(data):
+    """What was measured beside another teacher's validation answers is left out, not repeated."""
+    answers, judge, other = answers_of(tiny(8), data), tiny(8, seed=1), tiny(8, seed=2)
+    first = train(data, "mine", answers=answers, teacher=judge, taught_by="somebody")
+    again = train(data, "mine", answers=answers, teacher=judge, taught_by="somebody else")
+    elsewhere = train(data, "mine", answers=answers, teacher=other)
+    assert first.history == again.history and "val_distillation_loss" in first.history
+    assert first.history.keys() - elsewhere.history.keys() == {"val_loss", "val_distillation_loss"}
+    assert [run.row["teacher"] for run in (first, again)] == ["somebody", "somebody else"]
+
+
+class Stops(keras.callbacks.Callback):
+    def on_epoch_end(self, epoch, logs=None):
+        self.model.stop_training = True
+
+
+@pytest.mark.parametrize("change", [
+    Stops(), keras.callbacks.EarlyStopping("val_accuracy"),
+    keras.callbacks.LearningRateScheduler(lambda epoch: 0.0)], ids=lambda each: type(each).__name__)
+def test_a_callback_cannot_change_what_a_run_is_known_by(data, folder, change):
+    with pytest.raises(TypeError, match="callback asks for model.*only watch.*recipe"):
+        train(data, callbacks=[change])
+    assert not list(folder.glob("*/model.json"))
+
+
+def test_a_training_shows_how_far_it_is(data, capsys):
+    train(data)
+    assert "scratch:  33%" in (shown := capsys.readouterr().err) and "2/3" in shown
+
+
+def test_a_callback_sees_every_epoch(data):
+    seen = []
+    watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
+    run = train(data, callbacks=[watch])
+    assert [round(logs["val_accuracy"], 5) for logs in seen] == run.history["val_accuracy"]
 
 
 def test_a_distilled_run_needs_a_teacher(data):
@@ -744,6 +793,36 @@ def test_labels_changed_in_place_are_other_data(data):
     first = train(mine)
     mine.y_train[:] = mine.y_train[::-1].copy()
     assert np.any(train(mine).model.get_weights()[0] != first.model.get_weights()[0])
+
+
+def with_variable(**settings):
+    """A model of which one variable was given settings that no config tells."""
+    model = tiny(seed=1)
+    for name, value in settings.items():
+        setattr(model.layers[-1].kernel, name, value)
+    return model
+
+
+@pytest.mark.parametrize("one, other", [
+    ({}, {"trainable": False}), ({}, {"regularizer": keras.regularizers.L2(0.1)}),
+    ({"regularizer": keras.regularizers.L2(0.1)}, {"regularizer": keras.regularizers.L2(0.2)}),
+    ({}, {"constraint": keras.constraints.NonNeg()})])
+def test_settings_of_a_single_variable_are_part_of_an_architecture(one, other):
+    told = [fingerprints.architecture(with_variable(**each)) for each in (one, one, other)]
+    assert told[0] == told[1] != told[2]
+
+
+@pytest.mark.parametrize("build", [
+    lambda: keras.Sequential([keras.Input((8, 8, 3)), keras.layers.DepthwiseConv2D(3)]),
+    lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(
+        3, kernel_regularizer="l2", bias_constraint="non_neg"), keras.layers.BatchNormalization()]),
+    kdlib.build_student])
+def test_usual_variables_add_nothing_to_it(build):
+    """So what was published before they were looked at is found again."""
+    model = build()
+    frozen = build()
+    frozen.layers[-1].trainable = False
+    assert not any(map(fingerprints._odd_variables, [*model.layers, *frozen.layers]))
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -1415,6 +1494,12 @@ def test_a_method_cannot_leave_the_runs_folder(data, method):
         train(data, method=method, teacher=tiny(8))
 
 
+@pytest.mark.parametrize("name", ["../../x", "/x", ""])
+def test_a_dataset_cannot_either(data, name):
+    with pytest.raises(ValueError, match="dataset.name is"):
+        train(replace(data, name=name))
+
+
 # --- small data, half precision, divergence, the disk ---
 
 
@@ -1426,16 +1511,17 @@ def test_every_image_is_in_each_epoch(data, count, size):
     np.testing.assert_array_equal(np.bincount(labels), np.bincount(few.y_train))
 
 
-def test_a_prime_number_of_steps_trains_each_of_them(data):
+def test_a_prime_number_of_steps_trains_each_of_them(data, monkeypatch):
     few = replace(data, x_train=data.x_train[:29], y_train=data.y_train[:29])
-    steps = []
+    steps, save = [], resume.Keeper._save
 
-    class Count(keras.callbacks.Callback):
-        def on_epoch_end(self, epoch, logs=None):
-            steps.append(int(self.model.optimizer.iterations))
+    def count(keeper):
+        steps.append([int(keeper.model.optimizer.iterations), keeper.model.steps_per_execution])
+        save(keeper)
 
-    train(few, recipe=replace(RECIPE, batch_size=1), callbacks=[Count()])
-    assert steps == [29, 58, 87]
+    monkeypatch.setattr(resume.Keeper, "_save", count)
+    train(few, recipe=replace(RECIPE, batch_size=1))
+    assert steps == [[29, 24], [58, 24], [87, 24]]
 
 
 @pytest.mark.slow
@@ -1459,6 +1545,29 @@ def test_divergence_is_named_and_remembered(method, data, folder):
             train(data, method, recipe=wild, teacher=teacher)
         sentences.append(str(error.value))
     assert sentences[0] == sentences[1] and "in epoch 1" in sentences[0]
+
+
+@keras.saving.register_keras_serializable()
+class Breaks(keras.layers.Layer):
+    """Passes on what comes, and infinity from its tenth step of training on."""
+
+    def build(self, shape):
+        self.steps = self.add_weight(initializer="zeros", trainable=False)
+
+    def call(self, inputs, training=False):
+        if training:
+            self.steps.assign_add(1.0)
+        return keras.ops.where(self.steps > 9, np.inf, 1.0) * inputs
+
+
+def test_the_epoch_of_a_divergence(data):
+    def build():
+        inputs = keras.Input((32, 32, 3))
+        seen = keras.layers.GlobalAveragePooling2D()(Breaks()(inputs))
+        return keras.Model(inputs, keras.layers.Dense(10)(seen))
+
+    with pytest.raises(FloatingPointError, match="not finite in epoch 2: it diverged"):
+        train(data, build=build)  # six steps an epoch
 
 
 def test_the_last_step_may_be_the_one_that_diverges(data):
