@@ -322,11 +322,11 @@ def check_images(role: str, model, images):
     fits = len(expected) != 1 or not shape or _agree([n or 0 for n in shape[1:]], expected[0])
     require(fits, f"images have shape {shape}, but the {role} takes {expected}: "
             "keras.ops.image.resize, set_shape where the size is right, or data.batch(size).")
-    # Of uint8, which is what files and cameras give, and of words nothing is asked.
-    wide = [ops.cast(x, "float32") for x in tree.flatten(images) if not any(
-        kind in str(x.dtype) for kind in ("uint8", "str")) and 0 not in x.shape] or [ops.zeros(1)]
+    wide = [ops.cast(x, "float32") for x in tree.flatten(images)
+            if not any(kind in str(x.dtype) for kind in ("uint8", "str"))  # of files; words
+            and 0 not in (x.shape or ())] or [ops.zeros(1)]
     x, first = wide[0], (_scales(model) or [None])[0]
-    large = len(tree.flatten(images)) == 1 and len(x.shape) == 4 and (
+    large = len(tree.flatten(images)) == 1 and len(x.shape or ()) == 4 and (
         np.max(first.scale) < 0.1 if isinstance(first, layers.Rescaling) else
         first is not None and np.max(ops.convert_to_numpy(first.mean)) > 1)  # not in the graph
     fits = (ops.min(x) >= 0) & ((ops.max(x) > 1) | (ops.min(x) == ops.max(x))) if large else True

@@ -43,8 +43,6 @@ def architecture(model) -> str:
     number = {node.name: k for k, node in enumerate(nodes)}
     config = _config(model, number) or [  # a subclassed model; runs.py compares its answers as well
         type(model).__qualname__, [list(w.shape) for w in model.weights]]
-    odd = [_odd_variables(layer) for layer in layers]
-    config = [config, odd] if any(odd) else config
     own = [_own_code(layer) for layer in layers]
     if any(own):
         config = [config, own, [None if isinstance(layer, keras.Model) else _config(layer, number)
@@ -71,8 +69,14 @@ def _numbered(value, number: dict, named: bool = False):
     return number.get(value, value) if named else value
 
 
+def odd_variables(model) -> list:
+    """How a model is trained, as far as no config tells: the settings of single variables. They are
+    not saved with it, so they don't belong to what a teacher is known by."""
+    return [[k, *each] for k, layer in enumerate(model._flatten_layers())
+            for each in _odd_variables(layer)]
+
+
 def _odd_variables(layer) -> list:
-    """What its config does not tell: settings that were given to one of its variables alone."""
     found, learned = [], len(layer._trainable_variables)
     for k, each in enumerate([*layer._trainable_variables, *layer._non_trainable_variables]):
         frozen = layer.trainable and each.trainable != (k < learned)
@@ -84,10 +88,12 @@ def _odd_variables(layer) -> list:
 
 
 def _rule(rule) -> list | None:
-    """A regularizer's or constraint's kind, settings and, where it is your own, code."""
-    kind = type(rule)
-    code = code_digest(*with_helpers(kind)) if is_own(kind) else None
-    return None if rule is None else [kind.__qualname__, told(vars(rule)), code]
+    """What a regularizer or constraint is: its settings, and the code of your own in it."""
+    held = getattr(rule, "__dict__", {})
+    used = [part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
+            for part in parts_of(rule, *held.values())]
+    code = code_digest(*with_helpers(*filter(is_own, dict.fromkeys(used))))
+    return None if rule is None else [told({"rule": rule, **held}), code]
 
 
 def _own_code(layer) -> list:

@@ -136,8 +136,8 @@ def make_optimizer(recipe: Recipe, steps: int, *, last_layer: str) -> keras.opti
 
 def head(model) -> str:
     """The name of the last layer that has weights: what comes after it may be a cast."""
-    last = [layer for layer in model.layers if layer.weights][-1]
-    return head(last) if isinstance(last, keras.Model) else last.name
+    inside = [layer for layer in getattr(model, "layers", ()) if layer.weights]
+    return head(inside[-1]) if inside else model.name
 
 
 def compile_for(trainer, recipe: Recipe, dataset, *, distilled: bool, last_layer: str) -> None:

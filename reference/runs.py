@@ -117,6 +117,8 @@ class Task:
             "teacher": fingerprints.model_digest(self.teacher) if by_teacher else None,
             "answers": fingerprints.answers_digest(self.answers),
         }
+        if odd := fingerprints.odd_variables(self.model):
+            self.spec["variables"] = odd
         if trainer is not None:
             self.spec["trainer"] = fingerprints.identity_of(trainer)
         self.folder = runs_folder() / f"{stem(self.spec)}-{digests.digest(self.spec)[:10]}"
@@ -127,9 +129,11 @@ class Task:
         return (build or usual)()
 
     def _check(self, method) -> None:
-        for what, name in (("method", method), ("dataset.name", self.dataset.name)):  # of files
-            require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name), f"{what} is {name!r}. Use "
-                    "letters, digits, dots and dashes, as in 'distilled-adam'.")
+        require(re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", method), f"method is {method!r}. Use "
+                "letters, digits, dots and dashes, as in 'distilled-adam'.")
+        name = self.dataset.name
+        require(isinstance(name, str) and re.fullmatch(r"[^/\\]+", name), f"dataset.name is "
+                f"{name!r}. Give words without slashes: files are named after it.")
         known = method.partition("-")[0] in ("teacher", "scratch", "distilled")
         require(known or self.distilled or self.teacher is None, f"method is {method!r}. Begin it "
                 "with 'teacher', 'scratch' or 'distilled', or give answers, or no teacher.")
@@ -170,7 +174,9 @@ class Task:
                             last_layer=recipes.head(self.model))
         keeper = resume.Keeper(self.folder)
         keeper.restore(trainer)
-        bar = [] if callbacks else [TqdmCallback(verbose=0, desc=self.spec["method"], leave=False)]
+        watching = resume.Watching(callbacks or ())
+        bar = [] if watching.callbacks else [
+            TqdmCallback(verbose=0, desc=self.spec["method"], leave=False)]
         try:
             if keeper.epoch < self.recipe.epochs:
                 batches = Batches(self.dataset, self.recipe, seed=self.seed,
@@ -180,7 +186,7 @@ class Task:
                     trainer.fit(batches, initial_epoch=keeper.epoch, epochs=self.recipe.epochs,
                                 shuffle=False, verbose=0, validation_data=validation,
                                 validation_batch_size=batch_size(self.dataset.x_val),
-                                callbacks=[keeper, *bar, *resume.watching(callbacks or [])])
+                                callbacks=[keeper, *bar, watching])
         except FloatingPointError:
             raise self._diverged(keeper) from None
         finally:
@@ -315,7 +321,7 @@ def _load(notes: Path, weights: Path, answers: Path, task: Task) -> Run | None:
         warnings.warn(f"{notes.stem} was made with {row['versions']}; here is "
                       f"{fingerprints.libraries()}. {again} it is trained anew.", stacklevel=5)
     logits = _kept_logits(answers, stem(task.spec), model, task.dataset)
-    row["teacher"], history = task.taught_by or row["teacher"], found["history"]
+    row["teacher"], history = task.taught_by, found["history"]
     if fingerprints.model_digest(task.teacher) != found["judge"]:
         row["agreement"] = _agreement(logits, task.dataset, task.teacher)
         history = _unjudged(history) if task.distilled else history

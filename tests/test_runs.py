@@ -558,6 +558,10 @@ def test_the_head_is_the_last_layer_that_has_weights(wrap):
     assert recipes.head(model) == "answers"
 
 
+def test_a_model_without_a_single_layer_of_weights_has_a_head():
+    assert recipes.head(keras.Sequential([keras.Input((8,))], name="bare")) == "bare"
+
+
 def test_a_step_of_muon_is_nearly_orthogonal():
     kernel = keras.Variable(np.zeros((3, 3, 4, 8), "float32"), name="kernel")
     optimizer = recipes.Muon(learning_rate=1.0, weight_decay=0.0, rms_rate=None)
@@ -702,6 +706,10 @@ def test_a_callback_cannot_change_what_a_run_is_known_by(data, folder, change):
     with pytest.raises(TypeError, match="callback asks for model.*only watch.*recipe"):
         train(data, callbacks=[change])
     assert not list(folder.glob("*/model.json"))
+    model = tiny()
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True), metrics=["accuracy"])
+    model.fit(data.x_train, data.y_train, validation_data=(data.x_val, data.y_val), verbose=0,
+              callbacks=[change])  # a model of one's own
 
 
 def test_a_training_shows_how_far_it_is(data, capsys):
@@ -712,7 +720,7 @@ def test_a_training_shows_how_far_it_is(data, capsys):
 def test_a_callback_sees_every_epoch(data):
     seen = []
     watch = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: seen.append(logs))
-    run = train(data, callbacks=[watch])
+    run = train(data, callbacks=(each for each in [[watch]]))
     assert [round(logs["val_accuracy"], 5) for logs in seen] == run.history["val_accuracy"]
 
 
@@ -795,6 +803,18 @@ def test_labels_changed_in_place_are_other_data(data):
     assert np.any(train(mine).model.get_weights()[0] != first.model.get_weights()[0])
 
 
+def weak(kernel):
+    return 0.1 * keras.ops.sum(kernel**2)
+
+
+def strong(kernel):
+    return 0.2 * keras.ops.sum(kernel**2)
+
+
+def as_strong_as(kernel, by):
+    return by * keras.ops.sum(kernel**2)
+
+
 def with_variable(**settings):
     """A model of which one variable was given settings that no config tells."""
     model = tiny(seed=1)
@@ -806,10 +826,21 @@ def with_variable(**settings):
 @pytest.mark.parametrize("one, other", [
     ({}, {"trainable": False}), ({}, {"regularizer": keras.regularizers.L2(0.1)}),
     ({"regularizer": keras.regularizers.L2(0.1)}, {"regularizer": keras.regularizers.L2(0.2)}),
-    ({}, {"constraint": keras.constraints.NonNeg()})])
-def test_settings_of_a_single_variable_are_part_of_an_architecture(one, other):
-    told = [fingerprints.architecture(with_variable(**each)) for each in (one, one, other)]
-    assert told[0] == told[1] != told[2]
+    ({}, {"constraint": keras.constraints.NonNeg()}),
+    ({"regularizer": weak}, {"regularizer": strong}),
+    ({"regularizer": functools.partial(as_strong_as, by=0.1)},
+     {"regularizer": functools.partial(as_strong_as, by=0.2)})])
+def test_settings_of_a_single_variable_are_part_of_a_run(data, one, other):
+    specs = [runs.Task("scratch", data, build=lambda each=each: with_variable(**each)).spec
+             for each in (one, one, other)]
+    assert specs[0] == specs[1] != specs[2]
+
+
+def test_a_teacher_is_known_by_what_is_saved_of_it(tmp_path):
+    teacher = with_variable(trainable=False)
+    teacher.save(tmp_path / "teacher.keras")
+    again = keras.saving.load_model(tmp_path / "teacher.keras")
+    assert fingerprints.model_digest(again) == fingerprints.model_digest(teacher)
 
 
 @pytest.mark.parametrize("build", [
@@ -819,10 +850,9 @@ def test_settings_of_a_single_variable_are_part_of_an_architecture(one, other):
     kdlib.build_student])
 def test_usual_variables_add_nothing_to_it(build):
     """So what was published before they were looked at is found again."""
-    model = build()
-    frozen = build()
+    model, frozen = build(), build()
     frozen.layers[-1].trainable = False
-    assert not any(map(fingerprints._odd_variables, [*model.layers, *frozen.layers]))
+    assert fingerprints.odd_variables(model) == fingerprints.odd_variables(frozen) == []
 
 
 @keras.saving.register_keras_serializable("tests")
@@ -1494,10 +1524,14 @@ def test_a_method_cannot_leave_the_runs_folder(data, method):
         train(data, method=method, teacher=tiny(8))
 
 
-@pytest.mark.parametrize("name", ["../../x", "/x", ""])
+@pytest.mark.parametrize("name", ["../../x", "/x", "", None])
 def test_a_dataset_cannot_either(data, name):
     with pytest.raises(ValueError, match="dataset.name is"):
         train(replace(data, name=name))
+
+
+def test_a_dataset_may_have_any_other_name(data, folder):
+    assert train(replace(data, name="Blümchen (small)")).folder.parent == folder
 
 
 # --- small data, half precision, divergence, the disk ---
