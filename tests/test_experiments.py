@@ -379,6 +379,7 @@ def test_published_weights_are_those_of_their_notes_and_answers(name):
                                        atol=2e-2, err_msg=stem)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("stem", ["digits-scratch-7-epochs-25-percent-seed0",
                                   "digits-distilled-dkd-T4-alpha1-seed0"])
