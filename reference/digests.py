@@ -60,12 +60,16 @@ def with_helpers(*code) -> list:
     found, queue = dict.fromkeys(code), [*code]
     while queue:
         for method in methods(queue.pop()):
-            for part in parts_of(*reached(method).values()):
-                part = part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
+            for part in map(carrier, parts_of(*reached(method).values())):
                 if part not in found and is_own(part):
                     found[part] = None
                     queue.append(part)
     return [*code, *sorted((part for part in found if part not in code), key=by_name)]
+
+
+def carrier(part):
+    """What holds the code of a part: a function or class itself, or else its type."""
+    return part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
 
 
 def by_name(part) -> tuple:

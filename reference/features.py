@@ -28,12 +28,30 @@ class FeatureLoss(layers.Layer):
     """A loss on features, and the layers that it trains and throws away: here none.
 
     loss(*, teacher, student) compares the features of one layer each, and losses are added. With
-    together=True it takes the lists of all layers. maps: features must have spatial axes.
+    together=True it takes the lists of all layers, and gives a list. A loss is one number for a
+    batch. maps: features must have spatial axes. For a loss of your own write compute, and in
+    prepare make its layers. One that needs the numbers of the images sets self.images there: how
+    many the training set has.
     """
+
+    alone = False  # whether it compares one pair of features and no more
+    sized = False  # whether its layers have to know how large features are
+    images = None
 
     def __init__(self, loss, *, maps: bool = False, together: bool = False):
         super().__init__()
         self.loss, self.maps, self.together, self.built = loss, maps, together, True
+
+    def check(self, **shapes) -> None:
+        """Whether it can compare features of these shapes: lists of the teacher and the student."""
+        for role, each in shapes.items():
+            require(len(each) == 1 or not self.alone, f"{role}_layers give {len(each)} features. "
+                    "This loss compares one of the teacher with one of the student.")
+            kind = "maps (batch, height, width, channels)" if self.maps else "features"
+            for shape in each:
+                known = None not in shape[1:] or not (self.maps or self.sized)
+                require(known and (len(shape) == 4 or not self.maps),
+                        f"{role}_layers give {shape}. This loss needs {kind} of known size.")
 
     def prepare(self, *, teacher, student, labels=None) -> None:
         """Make the extra layers for features of these shapes; labels: of all training images."""
@@ -48,6 +66,8 @@ class FeatureLoss(layers.Layer):
 class LabelledLoss(FeatureLoss):
     """A loss on logits that also takes the labels."""
 
+    alone = True
+
     def compute(self, *, teacher, student, labels, numbers):
         return self.loss(teacher=teacher[0], student=student[0], labels=labels)
 
@@ -55,7 +75,8 @@ class LabelledLoss(FeatureLoss):
 class Regressed(FeatureLoss):
     """The student's maps get the teacher's channels by a 1x1 convolution and BatchNorm.
 
-    relu: as the hints have it; maps from before a ReLU do without.
+    relu: as the hints have it; maps from before a ReLU do without. Of two sizes the loss pools the
+    larger map, where RepDistiller's regressor strides.
     """
 
     def __init__(self, loss, *, relu: bool = False, together: bool = False):
@@ -77,7 +98,7 @@ class Regressed(FeatureLoss):
 class Embedded(FeatureLoss):
     """Features of both are flattened and pass a linear layer of 128, each its own."""
 
-    width = 128
+    width, sized = 128, True
 
     def prepare(self, *, teacher, student, labels=None):
         self.embeddings = [[keras.Sequential([
@@ -119,6 +140,8 @@ class Factors(FeatureLoss):
     its own reconstruction alone.
     """
 
+    alone = True
+
     def __init__(self):
         super().__init__(methods.ft, maps=True)
 
@@ -131,7 +154,7 @@ class Factors(FeatureLoss):
 
     def compute(self, *, teacher, student, labels, numbers):
         factor = self.paraphraser(teacher[0])
-        lost = ops.mean((self.restorer(factor) - teacher[0]) ** 2)
+        lost = methods.fitnet(teacher=teacher[0], student=self.restorer(factor))
         translated = self.translator(student[0], training=True)
         return lost + methods.ft(teacher=ops.stop_gradient(factor), student=translated)
 
@@ -148,20 +171,28 @@ def _convolutions(shape, widths, *, norm: bool = False):
 class Contrast(Embedded):
     """CRD: embeddings, a memory of every training image on both sides, images to tell apart.
 
-    They are drawn from the other classes, 16,384 for each image, or as many as there are images.
-    Needs the labels of the training set, and the number of each image in it beside the logits.
+    They are drawn from the other classes, with replacement, 16,384 for each image, or as many as
+    there are images. Needs the labels of the training set, and the number of each image in it
+    beside the logits.
     """
+
+    alone = True
 
     def __init__(self, negatives: int = 16384):
         super().__init__(methods.crd)
         self.negatives = negatives
 
     def prepare(self, *, teacher, student, labels=None):
-        require(labels is not None and len(set(labels)) > 1, "labels are missing. This loss draws "
-                "images of other classes: pass the labels of the whole training set.")
-        require(min(labels) >= 0, f"labels hold {min(labels)} (unknown). This loss needs the class "
-                "of every image: leave those images out.")
+        shape = np.shape([] if labels is None else labels)
+        labels = np.reshape([] if labels is None else labels, -1)
+        require(len(set(labels.tolist())) > 1, "labels are missing, or all the same. This loss "
+                "draws images of other classes: pass the labels of the whole training set.")
+        require(shape[1:] in ((), (1,)), f"labels have shape {shape}. Give class numbers, one for "
+                "each image: of one-hot rows, np.argmax.")
+        require((labels >= 0).all(), f"labels hold {min(labels)} (unknown). This loss needs the "
+                "class of every image: leave those images out.")
         super().prepare(teacher=teacher, student=student)
+        self.images = len(labels)
         self.order = np.argsort(labels, kind="stable").astype("int32")
         values, first, sizes = np.unique(np.asarray(labels)[self.order], return_index=True,
                                          return_counts=True)
@@ -178,19 +209,21 @@ class Contrast(Embedded):
     def compute(self, *, teacher, student, labels, numbers):
         require(numbers is not None, "image numbers are missing. Give them as one more column "
                 "behind the stored logits, or alone: fit((images, numbers[:, None]), labels).")
-        rows = [methods._unit(embed[0](x[0]))
-                for embed, x in zip(self.embeddings, (teacher, student), strict=True)]
+        rows = [methods._unit(each) for each in methods._floats(*(
+            embed[0](x[0]) for embed, x in zip(self.embeddings, (teacher, student), strict=True)))]
+        known, numbers = ops.all(numbers >= 0), ops.maximum(numbers, 0)
         memories = [ops.copy(memory) for memory in self.memories]  # as before this step
         sampled = self._draw(numbers)
         first = ops.stop_gradient(ops.stack(  # of student and teacher, as the loss wants them
             [ops.mean(methods.crd_scores(rows[k], memories[1 - k], sampled)) for k in (1, 0)]))
-        known = ops.convert_to_tensor(self.normalisers)
-        z = ops.where(known > 0, known, first * len(self.order))
-        self.normalisers.assign(z)
+        kept = ops.convert_to_tensor(self.normalisers)
+        z = ops.where(kept > 0, kept, first * self.images)
+        self.normalisers.assign(ops.where(known, z, kept))
         loss = methods.crd(teacher=rows[0], student=rows[1], teacher_memory=memories[0],
                            student_memory=memories[1], sampled=sampled, normalisers=(z[0], z[1]))
         for memory, before, new in zip(self.memories, memories, rows, strict=True):
-            memory.assign(methods.crd_remember(before, numbers, ops.stop_gradient(new)))
+            now = methods.crd_remember(before, numbers, ops.stop_gradient(new))
+            memory.assign(ops.where(known, now, before))
         return loss
 
     def _draw(self, numbers):
@@ -215,14 +248,15 @@ class FeatureDistiller(kdlib.Distiller):
     The teacher's features are computed live, in one pass, without gradient. Stored logits still
     serve the distillation_loss, and stored features may come with them, one for each of
     teacher_layers: ``fit((images, (logits, feature, ...)), labels)``. feature_loss counts in
-    training only, so validation shows the other two. ``count_params``, ``save`` and ``export``
-    are the student's; a checkpoint of ``save_weights`` holds the student and the optimizer, and
-    extra layers begin anew after it.
+    training only, so validation shows the other two, and a sample_weight leaves it alone.
+    ``count_params``, ``save`` and ``export`` are the student's; a checkpoint of ``save_weights``
+    holds the student and the optimizer, and extra layers begin anew after it.
 
     student_layers, teacher_layers: names, pair by pair; none: the loss compares the logits.
     feature_loss: a FeatureLoss, or a function(teacher=, student=) of two features. labels: of all
-    training images, where the loss draws from them. Stored logits may carry the number of each
-    image as one more column, or be replaced by it. Raises TypeError, ValueError.
+    training images, where the loss draws from them. For such a loss stored logits carry the number
+    of each image as one more column, or are replaced by it (in float32: half precision can't tell
+    2,049 from 2,048). Raises TypeError, ValueError.
     """
 
     def __init__(self, *, student, teacher, feature_loss, weight: float, student_layers=(),
@@ -251,8 +285,7 @@ class FeatureDistiller(kdlib.Distiller):
         shapes = {role: [tuple(x.shape) for x in model.outputs[bool(layers_):]] if model else
                   [(None, self._classes)] for role, model, layers_ in (
                       ("teacher", asked, teacher_layers), ("student", watched, student_layers))}
-        for role in shapes if self.feature_loss.maps else ():
-            _check_maps(role, shapes[role])
+        self.feature_loss.check(**shapes)
         self.feature_loss.prepare(**shapes, labels=labels)
         self._seen = keras.metrics.Mean("feature_loss")
 
@@ -271,18 +304,29 @@ class FeatureDistiller(kdlib.Distiller):
         return (images[0], given) if several and len(images) == 1 else super()._split(x)
 
     def _stored(self, given):
-        """Stored logits and image numbers, or None: (batch, classes), with numbers, numbers."""
-        width = None if given is None else given.shape[-1]
-        require(width in (None, 1, self._classes, self._classes + 1), f"teacher_logits have "
-                f"{width} columns. Give {self._classes} logits, perhaps image numbers behind them.")
-        logits = given[:, :self._classes] if width and width >= self._classes else None
-        numbered = width in (1, self._classes + 1)
-        return logits, ops.cast(given[:, -1], "int32") if numbered else None
+        """Stored logits (batch, classes) and image numbers, -1 for what is none; or None."""
+        if given is None:
+            return None, None
+        width = given.shape[-1] if len(given.shape) == 2 else None
+        images, classes = self.feature_loss.images, self._classes
+        require(width == classes or images and width in (1, classes + 1), f"teacher_logits have "
+                f"shape {tuple(given.shape)}. Give {classes} logits" + (
+                    ", image numbers behind them, or those alone, and always the same. Of a "
+                    "pipeline set_shape." if images else " (of a pipeline set_shape)."))
+        logits = None if width == 1 else given[:, :classes]
+        if width == classes:
+            return logits, None
+        dtype = keras.backend.standardize_dtype(given.dtype)
+        require("float16" not in dtype, f"image numbers are {dtype}, which can't hold them all. "
+                "Give float32.")
+        column = ops.cast(given[:, -1], "float32")
+        known = (column == ops.floor(column)) & (column >= 0) & (column < images)
+        return logits, ops.cast(ops.where(known, column, -1.0), "int32")
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         images, given = self._split(x)
         given, *taught = given if isinstance(given, (list, tuple)) else [given]
-        answers, numbers = self._stored(given)
+        answers, image_numbers = self._stored(given)
         taught = [ops.cast(each, "float32") for each in taught]  # stored in half precision
         logits, *learned = y_pred if isinstance(y_pred, (list, tuple)) else [y_pred]
         trains, raw = isinstance(y_pred, (list, tuple)), True
@@ -290,6 +334,9 @@ class FeatureDistiller(kdlib.Distiller):
             raw, live, *taught = self._watch_teacher(images)
             answers = ops.where(raw, live if answers is None else answers, math.nan)
         answers = self._ask_teacher(images) if answers is None else answers
+        if trains and image_numbers is not None:  # where they are none, the guard of fit raises
+            raw = raw & ops.all(image_numbers >= 0)
+            answers = ops.where(raw, answers, math.nan)
         several = images if isinstance(images, (list, tuple)) else [images]
         loss = super().compute_loss((*several, answers), y, logits, sample_weight, training)
         if not trains:
@@ -297,7 +344,10 @@ class FeatureDistiller(kdlib.Distiller):
         y, _, known, _ = self._labels(y, logits, None)
         labels = ops.where(known, y, ops.cast(ops.argmax(answers, axis=-1), y.dtype))
         extra = self.feature_loss.compute(teacher=taught or [answers], student=learned or [logits],
-                                          labels=labels, numbers=numbers)
+                                          labels=labels, numbers=image_numbers)
+        require(tuple(getattr(extra, "shape", ())) == (), f"feature_loss gives shape "
+                f"{tuple(getattr(extra, 'shape', ()))}. It has to be one number for a batch: take "
+                "the mean over images.")
         extra = ops.where(raw, extra, 0.0)  # else the answers are nan, and the guard raises
         self._seen.update_state(extra, ops.shape(logits)[0])
         for metric in self._losses_seen:  # not finite: the guard of fit raises
@@ -324,13 +374,11 @@ def watch(role: str, model, names):
                 f"gives {sum(map(len, calls))} outputs. Choose a layer that is used once.")
         outputs += calls[0]
     inputs = model.inputs if len(model.inputs) > 1 else model.inputs[0]
-    return keras.Model(inputs, [model.outputs[0], *outputs])
-
-
-def _check_maps(role: str, shapes) -> None:
-    for shape in shapes:
-        require(len(shape) == 4 and None not in shape[1:], f"{role}_layers give {shape}. This loss "
-                "needs maps (batch, height, width, channels) of known size.")
+    watched = keras.Model(inputs, [model.outputs[0], *outputs])
+    require(type(model).call in (type(watched).call, keras.Sequential.call), f"{role} is a "
+            f"{type(model).__name__} with a call of its own, which its graph doesn't show. Build "
+            "it as a functional model.")
+    return watched
 
 
 # --- methods as data ------------------------------------------------------------------

@@ -17,7 +17,8 @@ import numpy as np
 from kdlib import require
 
 from reference.digests import (
-    attributes, code_digest, digest, is_own, methods, parts_of, reached, text, told, with_helpers)
+    attributes, carrier, code_digest, digest, is_own, methods, parts_of, reached, text, told,
+    with_helpers)
 
 with contextlib.suppress(ModuleNotFoundError):  # only what tells libraries and threads needs it
     import tensorflow as tf
@@ -89,11 +90,11 @@ def _odd_variables(layer) -> list:
 
 def _rule(rule) -> list | None:
     """What a regularizer or constraint is: its settings, and the code of your own in it."""
+    if rule is None:
+        return None
     held = getattr(rule, "__dict__", {})
-    used = [part if inspect.isfunction(part) or inspect.isclass(part) else type(part)
-            for part in parts_of(rule, *held.values())]
-    code = code_digest(*with_helpers(*filter(is_own, dict.fromkeys(used))))
-    return None if rule is None else [told({"rule": rule, **held}), code]
+    used = dict.fromkeys(map(carrier, parts_of(rule, *held.values())))
+    return [told({"rule": rule, **held}), code_digest(*with_helpers(*filter(is_own, used)))]
 
 
 def _own_code(layer) -> list:

@@ -8,7 +8,9 @@ square maps). Where a norm or a distance is 0 its gradient is 0, not 0 / 0. "Rep
 github.com/HobbitLong/RepDistiller.
 """
 
+import itertools
 import math
+import numbers
 
 import kdlib
 import numpy as np
@@ -68,6 +70,21 @@ def _mean_square(x):
     return ops.mean(x * x)
 
 
+def _stages(teacher, student) -> list:
+    """The two maps of each stage."""
+    teacher, student = list(teacher), list(student)
+    require(len(teacher) == len(student), f"teacher gives {len(teacher)} maps, student "
+            f"{len(student)}. Give a list of as many for each.")
+    return list(zip(teacher, student, strict=True))
+
+
+def _power(power) -> float:
+    real = isinstance(power, numbers.Real) and not isinstance(power, bool)
+    require(real and 0 < power < math.inf, f"power is {power!r}. It is 1 / T of the teacher: a "
+            "finite number above 0, typically 0.1 to 1.", ValueError if real else TypeError)
+    return float(power)
+
+
 def _kl(teacher, student):
     """KL(softmax(teacher) || softmax(student)) of each row; a huge logit is no infinity here."""
     log_p, log_q = ops.log_softmax(teacher, axis=-1), ops.log_softmax(student, axis=-1)
@@ -88,8 +105,9 @@ def fitnet(*, teacher, student):
     """``mean((t - s)^2)`` of maps with equal channels, or of vectors of equal width; a regressor
     makes them equal. Romero et al. 2015, section 2.2; RepDistiller FitNet.py.
     """
-    maps = len(ops.shape(teacher)) == 4
-    teacher, student = (_same_size if maps else _floats)(teacher, student)
+    teacher, student = _floats(teacher, student)
+    if len(teacher.shape) == 4:
+        teacher, student = _same_size(teacher, student)
     teacher, student = _floats(teacher, student, equal=True)
     return _mean_square(teacher - student)
 
@@ -132,16 +150,26 @@ def cc(*, teacher, student):
 def vid(*, teacher, student, kernels, log_scale):
     """``mean(((t - f(s))^2 / v + log v) / 2)``, ``v = softplus(log_scale) + 1e-5`` a channel.
 
-    f is three 1x1 convolutions (kernels) with ReLU between; log_scale is (channels of t,).
-    Ahn et al. 2019, equation 6; RepDistiller VID.py.
+    f is three 1x1 convolutions with ReLU between: kernels are (1, 1, channels in, channels out).
+    log_scale is (channels of t,). Ahn et al. 2019, equation 6; RepDistiller VID.py.
     """
     teacher, student = _same_size(teacher, student)
+    kernels, log_scale = [*map(ops.convert_to_tensor, kernels)], ops.convert_to_tensor(log_scale)
+    _check_chain(teacher.shape[-1], student.shape[-1], kernels, log_scale)
     for k, kernel in enumerate(kernels):
         kernel = ops.cast(kernel[0, 0], student.dtype)
         student = ops.matmul(ops.relu(student) if k else student, kernel)
     variance = ops.softplus(ops.cast(log_scale, student.dtype)) + 1e-5
     teacher, student = _floats(teacher, student, equal=True)
     return ops.mean((teacher - student) ** 2 / variance + ops.log(variance)) / 2
+
+
+def _check_chain(taught, learned, kernels, log_scale):
+    shapes, scales = [tuple(each.shape) for each in kernels], tuple(log_scale.shape)
+    widths = [learned, *(shape[-1] for shape in shapes)]
+    fits = shapes == [(1, 1, *pair) for pair in itertools.pairwise(widths)]
+    require(fits and (widths[-1],) == scales == (taught,), f"kernels have shapes {shapes}, "
+            f"log_scale {scales}. They must lead from {learned} channels to {taught}, one by one.")
 
 
 def rkd(*, teacher, student, distance=25.0, angle=50.0):
@@ -188,7 +216,7 @@ def ab(*, teacher, student, margin=1.0):
     by the batch and weighed 0.003 * 2^(k - n), k from 1. Heo et al. 2019; RepDistiller AB.py.
     """
     losses = []
-    for t, s in zip(teacher, student, strict=True):
+    for t, s in _stages(teacher, student):
         t, s = _floats(*_same_size(t, s), equal=True)
         off = (s + margin) ** 2 * ops.cast((s > -margin) & (t <= 0), s.dtype) + (
             (s - margin) ** 2 * ops.cast((s <= margin) & (t > 0), s.dtype))
@@ -206,15 +234,15 @@ def ft(*, teacher, student):
 
 
 def fsp(*, teacher, student):
-    """``mean((F(t) - F(s))^2)``, F the dot products of the channels of two stages in a row.
-
-    Lists of maps, stage for stage with equal channels; returns a list, one for each two stages.
-    Yim et al. 2017, section 3.2; RepDistiller FSP.py.
+    """``mean((F(t) - F(s))^2)``, F the products of the channels of two stages in a row, their mean
+    over all places. Lists of maps, stage for stage with equal channels; returns a list, one for
+    each two stages. Yim et al. 2017, section 3.2; RepDistiller FSP.py.
     """
-    require(len(teacher) > 1, f"teacher and student give {len(teacher)} stage. This loss compares "
+    stages = _stages(teacher, student)
+    require(len(stages) > 1, f"teacher and student give {len(stages)} stage. This loss compares "
             "what happens from one stage to the next: name at least two layers.")
-    flows = [[_flow(*two) for two in zip(maps, maps[1:], strict=False)]
-             for maps in (teacher, student)]
+    flows = [[_flow(*two) for two in itertools.pairwise(maps)]
+             for maps in zip(*stages, strict=True)]
     return [_mean_square(ops.subtract(*_floats(t, s, equal=True)))
             for t, s in zip(*flows, strict=True)]
 
@@ -248,6 +276,9 @@ def crd(*, teacher, student, teacher_memory, student_memory, sampled, normaliser
     and teacher. Tian et al. 2020, section 3; RepDistiller crd/criterion.py.
     """
     teacher, student = _floats(teacher, student, rank=2, equal=True)
+    _check_sampled(tuple(student.shape), tuple(teacher_memory.shape), tuple(student_memory.shape),
+                   tuple(sampled.shape))
+    temperature = kdlib._number("temperature", temperature)
     share = (sampled.shape[1] - 1) / student_memory.shape[0]
     loss = 0.0
     for rows, memory, z in ((student, teacher_memory, normalisers[0]),
@@ -257,6 +288,13 @@ def crd(*, teacher, student, teacher_memory, student_memory, sampled, normaliser
         others = ops.log(share / (p[:, 1:] + share + 1e-7))
         loss = loss - ops.mean(ops.sum(ops.concatenate([own, others], axis=1), axis=1))
     return loss
+
+
+def _check_sampled(rows, taught, learned, sampled):
+    require(len(sampled) == 2 and kdlib._agree(sampled[:1], rows[:1]), f"sampled has shape "
+            f"{sampled}, student {rows}. Give a row of image numbers for each image.")
+    require(taught == learned == (*taught[:1], rows[1]), f"teacher_memory has shape {taught}, "
+            f"student_memory {learned}. Both hold a row of {rows[1]} for each training image.")
 
 
 def crd_scores(rows, memory, sampled, temperature=0.07):
@@ -277,12 +315,14 @@ def crd_remember(memory, numbers, rows, momentum=0.5):
 def dkd(*, teacher, student, labels, alpha=1.0, beta=8.0, temperature=4.0):
     """``alpha KL(own class against the rest) + beta KL(among the other classes)``, times T^2.
 
-    labels (batch,): class numbers; any other makes the loss nan. Finite for all logits: the own
-    class is taken out, where the original moves it by 1000. Zhao et al. 2022, equation 7;
-    mdistiller DKD.py.
+    labels (batch,): class numbers; any other makes the loss nan. Finite for logits of any usual
+    size: the own class is taken out, where the original moves it by 1000. Zhao et al. 2022,
+    equation 7; mdistiller DKD.py.
     """
+    temperature = kdlib._number("temperature", temperature)
     teacher, student = _floats(teacher, student, rank=2, equal=True)
     require(teacher.shape[-1] > 1, "teacher and student have one class. Nothing is left beside it.")
+    labels = _numbers_of(teacher, labels)
     (own_t, rest_t), (own_s, rest_s) = (_split(z, labels, temperature) for z in (teacher, student))
     loss = alpha * kd(teacher=own_t, student=own_s, temperature=temperature)
     if teacher.shape[-1] > 2:  # of two classes, one is left: it has nothing to compare
@@ -290,9 +330,19 @@ def dkd(*, teacher, student, labels, alpha=1.0, beta=8.0, temperature=4.0):
     return loss
 
 
-def _split(logits, labels, temperature):
+def _numbers_of(rows, labels):
+    """One label for each row, as a column."""
+    labels = ops.convert_to_tensor(labels)
+    shape, batch = tuple(labels.shape), tuple(rows.shape[:1])
+    require(kdlib._agree(shape[:1], batch) and shape[1:] in ((), (1,)), f"labels have shape "
+            f"{shape} for {batch[0]} images. Give class numbers (batch,): of one-hot rows, "
+            "np.argmax.")
+    return ops.reshape(labels, (ops.shape(rows)[0], 1))  # in a graph the batch may be unknown
+
+
+def _split(logits, given, temperature):
     """The own class against all others, as two logits; and the logits of the others."""
-    classes, given = logits.shape[-1], ops.reshape(labels, (-1, 1))
+    classes = logits.shape[-1]
     labels = ops.clip(ops.cast(given, "int32"), 0, classes - 1)
     known = ops.cast(given, "float32") == ops.cast(labels, "float32")
     own = ops.where(known, ops.take_along_axis(logits, labels, axis=1), math.nan)
@@ -305,6 +355,7 @@ def dist(*, teacher, student, beta=1.0, gamma=1.0, temperature=4.0):
     """``T^2 (beta (1 - r of rows) + gamma (1 - r of columns))``: r is Pearson's correlation of the
     soft labels, the mean over images and over classes. Huang et al. 2022, equations 8 to 10.
     """
+    temperature = kdlib._number("temperature", temperature)
     teacher, student = _floats(teacher, student, rank=2, equal=True)
     soft = [ops.softmax(z / temperature, axis=-1) for z in (teacher, student)]
     rows, columns = (1 - ops.mean(_pearson(*soft, axis=axis)) for axis in (1, 0))
@@ -319,7 +370,7 @@ def _pearson(a, b, *, axis):
 def standardised(*, teacher, student, temperature=2.0):
     """``kd((t - mean) / deviation, (s - mean) / deviation)``, both of each row of logits.
 
-    The deviation is the unbiased one. Sun et al. 2024, section 4.
+    The deviation is the unbiased one. Logits have to be finite. Sun et al. 2024, section 4.
     """
     teacher, student = _floats(teacher, student, rank=2, equal=True)
     centred = [z - ops.mean(z, axis=-1, keepdims=True) for z in (teacher, student)]
@@ -333,12 +384,13 @@ def ttm(*, teacher, student, power=0.25):
     teacher alone. A copy of the teacher has a positive loss. Zheng and Yang 2024, section 3.
     """
     teacher, student = _floats(teacher, student, rank=2, equal=True)
-    return ops.mean(_kl(power * teacher, student))
+    return ops.mean(_kl(_power(power) * teacher, student))
 
 
 def wttm(*, teacher, student, power=0.25):
     """ttm with a weight for each image: ``sum(softmax(t)^power)``. Zheng and Yang 2024, section 4.
     """
     teacher, student = _floats(teacher, student, rank=2, equal=True)
+    power = _power(power)
     weight = ops.sum(ops.exp(power * ops.log_softmax(teacher, axis=-1)), axis=-1)
     return ops.mean(weight * _kl(power * teacher, student))

@@ -134,6 +134,8 @@ print("fine")
 """
 
 
+@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.slow
 def test_an_epoch_in_one_call_trains_as_fit_does(tmp_path):
     """Same first weights, batches, views, teacher and optimizer: the same student."""

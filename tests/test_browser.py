@@ -112,10 +112,15 @@ def open_notebook(page, lab, name):
 
 
 def run_all(page):
-    """Run all cells from a fresh kernel, and wait until the last one has ended."""
+    """Run all cells from a fresh kernel, wait until the last one has ended, and see no error."""
     page.set_default_timeout(600_000)
     page.evaluate("() => window.jupyterapp.commands.execute('notebook:run-all-cells')")
     page.set_default_timeout(60_000)
+    cells = page.evaluate(OUTPUTS)
+    assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert "error" not in cell["kinds"] and "stderr" not in cell["text"], cell
+    return cells
 
 
 def look(page, folder, stem):
@@ -138,11 +143,7 @@ def look(page, folder, stem):
 @pytest.mark.parametrize("name", ["02_teacher.ipynb"])  # it trains, with a bar
 def test_a_person_runs_the_notebook(page, lab, screenshots, name):
     open_notebook(page, lab, name)
-    run_all(page)
-    cells = page.evaluate(OUTPUTS)
-    assert [cell["count"] for cell in cells] == list(range(1, len(cells) + 1))
-    for cell in cells:
-        assert "error" not in cell["kinds"] and "stderr" not in cell["text"], cell
+    cells = run_all(page)
     assert sum(cell["images"] for cell in cells) >= 2
     if "KD_SCREENSHOTS" in os.environ:
         look(page, screenshots, Path(name).stem)

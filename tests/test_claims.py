@@ -6,8 +6,9 @@ import re
 import pytest
 import scipy.stats
 from claims import BEST, CLAIMS, CONTROLS, DIGITS_ALONE, IMAGES_ALONE, LENGTHS, NOTEBOOK_8
-from claims import NOT_MEASURED, SHARES, TABLE, WRONG, alone, behind_j, digits_gain, printed
-from claims import common_family, few_labels_gain, floored, gained_j, gains, limits_of_best, of_few
+from claims import NOT_MEASURED, OTHERS, PLAIN, SHARES, TABLE, WRONG, alone, behind_j, digits_gain
+from claims import common_family, few_labels_gain, floored, gained_i, gained_j, gains
+from claims import limits_of_best, of_few, part_i, printed, trials_of
 from claims import of_length, of_wrong, over_longer, over_scratch, own_floor, p_of_wrong, page
 from claims import part_c, part_f, part_j, points
 from claims import reach_in_blocks, reach_of_few, slope, steps_of_c, teachers_lead, with_images
@@ -229,6 +230,34 @@ def test_the_table_of_part_h_is_that_of_the_rows():
     assert (f"`best_student` {a:.2f} from scratch and {b:.2f} distilled,\n`best_student_pooled` "
             f"{c:.2f} and {d:.2f}.") in text and d > max(a, b, c)
     assert f"reached {points('teacher-best')[0]:.2f} on test" in text
+
+
+def test_the_table_of_part_i_is_that_of_the_rows():
+    text = (ROOT / "reference" / "PROTOCOL.md").read_text().rpartition("### I. Other methods, ")[2]
+    mean, plain = part_i().mean(), PLAIN["cifar10"]
+    for name, each in gained_i().iterrows():
+        arm = OTHERS[name]
+        p = "< 0.001" if each.holm < 0.001 else f"{each.holm:.3f}"
+        known = [name, *(f"{trial:.2f}" for trial in trials_of(name)), f"{mean[arm]:.2f}",
+                 f"{each.gain:.2f}, {each.low:.2f} to {each.high:.2f} |"]
+        assert f"| {' | '.join(known)}" in text
+        assert f" | {p} | {gained_i(part='val').gain[name]:.2f} |" in text
+        if CIFAR10.exists():
+            low, high = with_images(arm, plain)
+            assert f"{known[-1]} {low:.2f} to {high:.2f} | {p} |" in text
+    assert part_i().shape == (5, 5) and part_i().notna().all(axis=None)
+    text = " ".join(text.split())
+    assert f"Soft labels alone reach {mean[plain]:.2f}. The smallest weight won in all four" in text
+    assert all(trials_of(name)[0] == max(trials_of(name)) for name in OTHERS)
+    first, *rest, last = (f"{each:.2f}" for each in gained_i().spread)
+    assert f"The gains spread by {first}, {', '.join(rest)} and {last} points" in text
+    first, *rest, last = (f"{each:.2f}" for each in gained_i("digits").gain)
+    harm = gained_i("digits").loc["decoupled logits"]
+    assert harm.high < 0 and part_i("digits").shape == (5, 5)
+    assert (f"the gains are {first}, {', '.join(rest)} and {last} points, and the last is below "
+            f"zero (p = {harm.holm:.3f})") in text
+    made = TABLE[(TABLE.dataset == "cifar10") & TABLE.method.isin(part_i().columns)]
+    assert f"took {made.seconds.sum() / 3600:.1f} hours in the column" in text
 
 
 def test_the_table_of_part_j_is_that_of_the_rows():

@@ -1,14 +1,14 @@
 """Each notebook on digits: one file, so one process, so each model is trained once.
 
 What is published is loaded, as a reader does, and the rest is trained for real. 07 and 11 know
-digits alone, so test_strict runs them.
+digits alone, so test_strict runs them; 02 and 03 run in test_browser.
 """
 
 import pytest
 from test_notebooks import NOTEBOOKS, run_nbval
 
 
-LONG = ("02", "04", "08", "09", "10")
+LONG = ("02", "03", "04", "08", "09", "10")
 
 
 @pytest.mark.slow

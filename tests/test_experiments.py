@@ -402,8 +402,10 @@ def kept_logits(name, row, stem):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", [stem for stem in PUBLISHED if re.match("digits-.*-seed0", stem)]
-                         + ["cifar10-distilled-100-epochs-seed0"])
+@pytest.mark.parametrize("stem", [
+    "digits-teacher-seed0", "digits-distilled-seed0", "cifar10-distilled-100-epochs-seed0",
+    *(pytest.param(stem, marks=pytest.mark.long) for stem in PUBLISHED
+      if re.fullmatch("digits-.*-.*-seed0", stem) or stem == "digits-scratch-seed0")])
 def test_published_weights_give_the_published_figures(stem):
     name = stem.split("-")[0]
     if name == "cifar10" and not CIFAR10.exists():

@@ -1,6 +1,7 @@
 """Training with features: what is trained, what is thrown away, what is refused."""
 
 from reference import answers, digests, features, fingerprints, methods, networks, plan, runs  # isort: skip  (first: keeps TensorFlow quiet)
+import math
 import shutil
 from dataclasses import replace
 from unittest import mock
@@ -64,7 +65,8 @@ def test_one_step_on_digits(method, tmp_path):
     kinds = (features.Regressed, features.Embedded, features.Information, features.Factors)
     assert bool(extra) == isinstance(made.feature_loss, kinds)
     thrown_away = copies(extra)
-    logs = made.train_on_batch((X, np.hstack([teacher(X), NUMBERS])), Y, return_dict=True)
+    stored = np.hstack([teacher(X), NUMBERS]) if made.feature_loss.images else teacher(X)
+    logs = made.train_on_batch((X, stored), Y, return_dict=True)
     total = 0.3 * logs["student_loss"] + 0.7 * logs["distillation_loss"]
     assert logs["loss"] == pytest.approx(total + 0.5 * logs["feature_loss"], rel=1e-5)
     assert logs["feature_loss"] > 0
@@ -106,7 +108,7 @@ def test_weight_zero_is_the_plain_distiller_to_the_last_bit():
 def test_stored_logits_serve_as_well_as_live_ones():
     teacher, trained = net(6, size=3), []
     answers = np.asarray(teacher(X))
-    for x in (X, (X, answers), (X, np.hstack([answers, NUMBERS])), (X, NUMBERS)):
+    for x in (X, (X, answers)):
         student = net(3, seed=1)
         distiller("at", student=student, teacher=teacher).fit(
             x, Y, batch_size=8, shuffle=False, verbose=0)
@@ -132,7 +134,7 @@ def test_stored_features_serve_as_well_as_live_ones(method):
     teacher, trained = net(6, size=3), []
     names = LAYERS[features.METHODS[method].where]
     live = features.watch("teacher", teacher, names)(X, training=False)[1:]
-    answers = np.hstack([teacher(X), NUMBERS])
+    answers = np.hstack([teacher(X), NUMBERS]) if method == "crd" else np.asarray(teacher(X))
     for given in (answers, (answers, *live), (answers, *(np.float16(each) for each in live))):
         student = net(3, seed=1)
         made = distiller(method, student=student, teacher=teacher)
@@ -292,6 +294,91 @@ def test_a_sentence_about_the_model():
                                   student_layers=["two"], teacher_layers=["two"])
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_graph_that_is_not_what_the_model_does(role):
+    class Inverted(keras.Model):
+        def call(self, x, training=None):
+            return super().call(255 - keras.ops.cast(x, "float32"), training=training)
+
+    plain = net(3)
+    with pytest.raises(ValueError, match=f"{role} is a Inverted with a call of its own"):
+        distiller("at", **{role: Inverted(plain.inputs[0], plain.outputs[0])})
+
+
+def of_each_image(*, teacher, student, labels=None):
+    return keras.ops.mean(student**2, axis=list(range(1, len(student.shape))))
+
+
+@pytest.mark.parametrize("loss, names", [
+    (of_each_image, ["two"]), (features.LabelledLoss(of_each_image), [])])
+def test_a_feature_loss_is_one_number(loss, names):
+    made = distiller(loss, student_layers=names, teacher_layers=names)
+    with pytest.raises(ValueError, match=r"feature_loss gives shape \(24,\).*take the mean"):
+        made.train_on_batch(X, Y)
+
+
+def test_losses_together_may_come_one_by_one():
+    def both(*, teacher, student):
+        return (methods.at(teacher=t, student=s) for t, s in zip(teacher, student, strict=True))
+
+    names = dict(student_layers=["one", "two"], teacher_layers=["one", "two"])
+    losses = [distiller(loss, **names).train_on_batch(X, Y, return_dict=True)["feature_loss"]
+              for loss in (features.FeatureLoss(both, together=True), methods.at)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6) and losses[0] > 0
+
+
+def test_features_of_unknown_size_serve_a_loss_that_takes_them():
+    def wide(width):
+        pixels = keras.Input((None, None, 3))
+        x = layers.Conv2D(width, 3, strides=4, name="two")(layers.Rescaling(1 / 255)(pixels))
+        return keras.Model(pixels, layers.Dense(10)(layers.GlobalAveragePooling2D(name="pool")(x)))
+
+    def means(*, teacher, student):
+        return (keras.ops.mean(teacher) - keras.ops.mean(student)) ** 2
+
+    logs = distiller(means, student=wide(2), teacher=wide(4)).train_on_batch(
+        X, Y, return_dict=True)
+    assert logs["feature_loss"] > 0
+    for loss in ("at", "cc"):
+        with pytest.raises(ValueError, match="This loss needs .* of known size"):
+            distiller(loss, student=wide(2), teacher=wide(4), student_layers=["two"],
+                      teacher_layers=["two"])
+
+
+@pytest.mark.slow
+def test_stored_logits_count_beside_image_numbers():
+    other = np.asarray(net(4, seed=7)(X))  # unlike the teacher's
+    losses = [distiller("crd", student=net(3, seed=1)).train_on_batch(
+        (X, np.hstack([each, NUMBERS])), Y, return_dict=True)["distillation_loss"]
+        for each in (other, other[::-1])]
+    assert losses[0] != pytest.approx(losses[1], rel=1e-3)
+    made = distiller("crd")
+    made.evaluate((X, np.hstack([other, NUMBERS])), Y, verbose=0)
+    # TensorFlow traces once more, for any width. That must not be taken for no logits at all.
+    with pytest.raises(ValueError, match=r"teacher_logits have shape \(None, None\).*the same"):
+        made.evaluate((X, other), Y, verbose=0)
+
+
+@pytest.mark.parametrize("method, names", [("crd", ["one", "two"]), ("ft", ["one", "two"])])
+def test_layers_that_would_be_ignored(method, names):
+    with pytest.raises(ValueError, match="teacher_layers give 2 features. This loss compares one"):
+        distiller(method, student_layers=names, teacher_layers=names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong", [24, -1, 2.5, math.nan])
+def test_image_numbers_that_are_none_cost_no_weights(wrong):
+    made = distiller("crd")
+    numbers = NUMBERS.copy()
+    numbers[20] = wrong
+    loss = made.feature_loss
+    kept = [*made.trainable_variables, *loss.memories, loss.normalisers]
+    before = copies(kept)
+    with pytest.raises(ValueError, match="teacher_logits in batch 0 hold nan"):
+        made.fit((X, numbers), Y, batch_size=24, verbose=0)
+    assert not any(changed(before, kept))
+
+
 @pytest.mark.parametrize("stored", [False, True])
 def test_a_teacher_that_gets_images_of_another_scale(stored):
     """Its features would mean nothing, also where its answers were stored."""
@@ -317,8 +404,14 @@ def test_a_sentence_about_numbers_and_labels():
         distiller("crd", labels=np.where(np.arange(len(Y)) < 3, -1, Y))
     with pytest.raises(ValueError, match="image numbers are missing"):
         distiller("crd").train_on_batch(X, Y)
-    with pytest.raises(ValueError, match="teacher_logits have 7 columns"):
-        distiller("at").train_on_batch((X, np.zeros((24, 7), "float32")), Y)
+    with pytest.raises(ValueError, match=r"labels have shape \(24, 10\).*np.argmax"):
+        distiller("crd", labels=np.eye(10)[Y])
+    for made, columns in ((distiller("crd", labels=Y[:, None]), 7), (distiller("at"), 7),
+                          (distiller("at"), 11), (distiller("at"), 1)):  # at takes no numbers
+        with pytest.raises(ValueError, match=rf"teacher_logits have shape \(24, {columns}\)"):
+            made.train_on_batch((X, np.zeros((24, columns), "float32")), Y)
+    with pytest.raises(ValueError, match="image numbers are float16, which can't hold them"):
+        distiller("crd").train_on_batch((X, tf.zeros((24, 11), "float16")), Y)
 
 
 def test_a_method_or_a_trainer_that_is_none():
@@ -496,7 +589,8 @@ for method in ("fitnet", "vid", "crd", "dkd"):  # each kind of extra layer, and 
     made.compile(keras.optimizers.SGD(0.01))
     before = [np.copy(keras.ops.convert_to_numpy(v)) for v in made.variables]
     answers = keras.ops.convert_to_numpy(teacher(x))
-    answers = np.hstack([answers, np.arange(12)[:, None]]).astype("float32")
+    if method == "crd":
+        answers = np.hstack([answers, np.arange(12)[:, None]]).astype("float32")
     logs = made.fit((x, answers), y, batch_size=12, verbose=0).history
     total = 0.3 * logs["student_loss"][0] + 0.7 * logs["distillation_loss"][0]
     assert np.isclose(logs["loss"][0], total + 0.5 * logs["feature_loss"][0], rtol=1e-4), method
@@ -521,6 +615,20 @@ def test_mixed_precision_compares_in_float32():
     loss = methods.at(teacher=tf.ones((2, 4, 4, 3), "float16"),
                       student=1e-3 * tf.ones((2, 4, 4, 2), "float16"))
     assert loss.dtype == "float32" and float(loss) == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, policy", [("crd", "mixed_float16"), ("ft", "mixed_bfloat16")])
+def test_extra_layers_in_mixed_precision(method, policy):
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy(policy)
+    try:
+        made = distiller(method)
+        x = (X, NUMBERS) if method == "crd" else X
+        logs = made.train_on_batch(x, Y, return_dict=True)
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert np.isfinite(logs["loss"]) and logs["feature_loss"] > 0
 
 
 # --- rows as data ---------------------------------------------------------------------

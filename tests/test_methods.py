@@ -4,6 +4,8 @@ from reference import methods  # isort: skip  (first: keeps TensorFlow quiet)
 import ast
 import inspect
 import json
+import math
+import re
 import shutil
 
 import numpy as np
@@ -471,6 +473,15 @@ def test_a_class_that_the_teacher_excludes_contributes_nothing(name):
     assert np.isfinite(gradient).all() and value == pytest.approx((share * kl).mean(), rel=1e-5)
 
 
+def test_a_label_for_each_image_of_an_unknown_batch():
+    rows = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
+    loss = tf.function(lambda rows, labels: methods.dkd(teacher=rows, student=-rows, labels=labels),
+                       input_signature=[tf.TensorSpec((None, 6)), tf.TensorSpec((None,), "int32")])
+    assert loss(rows, [1, 1, 1, 1]) > 0
+    with pytest.raises(tf.errors.InvalidArgumentError):
+        loss(rows, [1])
+
+
 def test_fsp_needs_two_stages():
     with pytest.raises(ValueError, match="name at least two layers"):
         methods.fsp(teacher=[np.ones((2, 4, 4, 3))], student=[np.ones((2, 4, 4, 3))])
@@ -505,6 +516,62 @@ def test_dkd_has_no_own_class_for_an_unknown_label(label, compiled):
     given = np.array([0, 1, 2, 1], "int32")
     np.testing.assert_allclose(loss(teacher=teacher, student=student, labels=given),
                                methods.dkd(teacher=teacher, student=student, labels=given + 0.0))
+
+
+@pytest.mark.parametrize("labels", [1, [1], np.zeros(8, int), np.eye(4, 6), [[1, 2]] * 4])
+def test_dkd_needs_a_label_for_each_image(labels):
+    with pytest.raises(ValueError, match="labels have shape .* for 4 images"):
+        methods.dkd(teacher=np.ones((4, 6)), student=np.zeros((4, 6)), labels=labels)
+
+
+@pytest.mark.parametrize("name, settings, words", [
+    *((name, {"temperature": wrong}, f"temperature is {wrong!r}") for name in ("dkd", "dist")
+      for wrong in (-4, 0, math.nan, "4")),
+    *((name, {"power": wrong}, f"power is {wrong!r}") for name in ("ttm", "wttm")
+      for wrong in (-1, 0, math.inf, math.nan, True, "1"))])
+def test_a_temperature_or_power_that_is_none(name, settings, words):
+    logits = np.random.default_rng(0).normal(size=(2, 4, 6))
+    labels = {"labels": np.zeros(4, int)} if name == "dkd" else {}
+    wrong = [*settings.values()][0]
+    error = TypeError if isinstance(wrong, (str, bool)) else ValueError
+    with pytest.raises(error, match=re.escape(words)):
+        getattr(methods, name)(teacher=logits[0], student=logits[1], **labels, **settings)
+
+
+@pytest.mark.parametrize("kernels, scales", [
+    ([(1, 1, 2, 5), (1, 1, 5, 5), (1, 1, 5, 3)], (1,)),  # it would be broadcast
+    ([(3, 3, 2, 5), (1, 1, 5, 5), (1, 1, 5, 3)], (3,)),  # its corner alone would count
+    ([(1, 1, 2, 5), (1, 1, 4, 5), (1, 1, 5, 3)], (3,)), ([(2, 5), (5, 5), (5, 3)], (3,)),
+    ([(1, 1, 2, 5), (1, 1, 5, 4)], (3,)), ([(1, 1, 2, 3)], (3, 1))])
+def test_vid_needs_kernels_that_lead_to_the_teacher(kernels, scales):
+    with pytest.raises(ValueError, match="kernels have shapes .* from 2 channels to 3"):
+        methods.vid(teacher=np.ones((4, 5, 5, 3)), student=np.ones((4, 5, 5, 2)),
+                    kernels=[np.ones(shape) for shape in kernels], log_scale=np.ones(scales))
+
+
+def test_crd_needs_numbers_for_each_image():
+    rows, memory = np.eye(4, 8, dtype="float32"), np.eye(9, 8, dtype="float32")
+    with pytest.raises(ValueError, match=r"sampled has shape \(1, 3\), student \(4, 8\)"):
+        methods.crd(teacher=rows, student=rows, teacher_memory=memory, student_memory=memory,
+                    sampled=np.array([[0, 1, 2]]), normalisers=(1.0, 1.0))
+    with pytest.raises(ValueError, match=r"teacher_memory has shape \(9, 8\), student_memory \(5"):
+        methods.crd(teacher=rows, student=rows, teacher_memory=memory, student_memory=memory[:5],
+                    sampled=np.zeros((4, 3), "int32"), normalisers=(1.0, 1.0))
+
+
+@pytest.mark.parametrize("name", ["ab", "fsp"])
+def test_stages_come_in_pairs(name):
+    maps = [np.ones((4, 5, 5, 3))] * 3
+    with pytest.raises(ValueError, match="teacher gives 3 maps, student 2"):
+        getattr(methods, name)(teacher=maps, student=maps[:2])
+    given, once = (getattr(methods, name)(teacher=kind(maps), student=kind(maps))
+                   for kind in (list, iter))
+    np.testing.assert_array_equal(given, once)
+
+
+def test_hints_of_nothing():
+    with pytest.raises(TypeError, match="teacher are not a tensor of numbers"):
+        methods.fitnet(teacher=None, student=np.ones((4, 6)))
 
 
 def test_dkd_needs_two_classes():

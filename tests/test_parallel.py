@@ -24,6 +24,8 @@ def difference(way, python):
     return [parallel.difference(one["weights"], each["weights"]) for each in reports], reports, one
 
 
+@pytest.mark.ci
+@pytest.mark.long
 @pytest.mark.slow
 def test_two_processes_with_a_slice_each_are_one():
     apart, reports, one = difference("slices", python_with("jax"))
@@ -54,10 +56,11 @@ def test_arrays_are_refused():
     assert all("auto-sharding enabled" in report["error"] for report in reports)
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("way, low, high", [("mirrored-synchronized", 0, 1e-6),
-                                            pytest.param("mirrored", 1e-4, 10,
-                                                         marks=pytest.mark.long)])
+@pytest.mark.parametrize("way, low, high", [
+    pytest.param("mirrored-synchronized", 0, 1e-6, marks=pytest.mark.ci),
+    ("mirrored", 1e-4, 10)])
 def test_two_devices(way, low, high):
     """BatchNorm over the whole batch is one process's; over halves it is another training."""
     (apart,), _, _ = difference(way, sys.executable)
