@@ -20,16 +20,6 @@ def no_graphs_of_other_tests():
     gc.freeze()  # what is left stays, and isn't looked through again and again
 
 
-@pytest.fixture(scope="module")
-def quick_graphs():
-    """TensorFlow doesn't optimize the graphs of a file that uses this: a tenth less time for small
-    networks. Notebooks, kills and published runs are tested with all that it does."""
-    import tensorflow as tf  # with the first test that needs it: some files must not
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": True})
-    yield
-    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": False})
-
-
 @pytest.fixture(scope="session")
 def notebook_runs(tmp_path_factory):
     """One runs folder for all notebooks on digits, so that each model is trained once."""

@@ -26,7 +26,6 @@ from hypothesis.extra import numpy as hnp
 from keras import layers
 
 ROOT = Path(reference.__file__).parents[1]
-pytestmark = pytest.mark.usefixtures("quick_graphs")
 IMAGES = np.random.default_rng(0).integers(0, 256, (32, 32, 32, 3)).astype("uint8")
 LABELS = np.random.default_rng(1).integers(0, 10, 32).astype("int32")
 CROSS_ENTROPY = keras.losses.SparseCategoricalCrossentropy(from_logits=True)

@@ -16,7 +16,6 @@ from test_distiller import ROOT, on_a_backend
 
 DIGITS = kdlib.load_dataset("digits")
 X, Y = DIGITS.x_train[:24], DIGITS.y_train[:24]
-pytestmark = pytest.mark.usefixtures("quick_graphs")
 NUMBERS = np.arange(24, dtype="float32")[:, None]
 LAYERS = {"hint": ["two"], "stages": ["one", "two"], "before": ["one", "two"], "last map": ["two"],
           "vector": ["pool"], "logits": []}
